@@ -39,7 +39,7 @@ def cells(name):
 
 def modules(source, found=()):
     "The files of dlsm that some source imports, and those that they import."
-    for name in re.findall(r"^\s*(?:from|import) dlsm\.(\w+)", source, flags=re.MULTILINE):
+    for name in re.findall(r"^\s*(?:from|import) (?:dlsm)?\.(\w+)", source, flags=re.MULTILINE):
         path = Path("dlsm", f"{name}.py")
         if path.exists() and str(path) not in found: found = modules(path.read_text(encoding="utf-8"), (*found, str(path)))
     return found
@@ -73,11 +73,11 @@ for story, data in TARGETS:
         output:
             notebook = executed(story, data),
             results = [update(f"{figures}/{result.format(dataset=data)}.json") for result in STORY[story][2]],
-        log: executed(story, data).replace(".ipynb", ".unfinished.ipynb")
         threads: 1 if PRESET == "smoke" else 8  # on fewer cores: all of them
         params:
             python = sys.executable,
+            unfinished = executed(story, data).replace(".ipynb", ".unfinished.ipynb"),  # stays for a look if a cell fails
             given = " ".join(f"-p {key} {value}" for key, value in {"preset": PRESET, "dataset": data}.items() if takes(story, key)),
         shell:
-            "OMP_NUM_THREADS={threads} {params.python:q} -m papermill {input.notebook} {log} {params.given} -k python3"
-            " --no-progress-bar --log-level WARNING && mv {log} {output.notebook}"
+            "OMP_NUM_THREADS={threads} {params.python:q} -m papermill {input.notebook} {params.unfinished} {params.given}"
+            " -k python3 --no-progress-bar --log-level WARNING && mv {params.unfinished} {output.notebook}"

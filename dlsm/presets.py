@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOONS', 'MoonsPreset', 'ParameterError', 'check_parameters', 'pick_device']
 
-# %% ../nbs/17a_presets.ipynb #f8bc119c
+# %% ../nbs/17a_presets.ipynb #1fdc3376
 import ast
 import difflib
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/17a_presets.ipynb #3d08abe0
+# %% ../nbs/17a_presets.ipynb #320c3a07
 @dataclass(frozen=True)
 class MoonsPreset:
     "Settings of everything that is trained, sampled and measured on the inter-twining moons."
@@ -48,20 +48,23 @@ class MoonsPreset:
     sigma_eval:float = 7.5                 # the level at which errors and samples are taken
     k:int = 5                              # neighbours of precision and recall
 
-# %% ../nbs/17a_presets.ipynb #e072b22c
+# %% ../nbs/17a_presets.ipynb #fc5c8e11
 MOONS = {p.name: p for p in (
     MoonsPreset(
         name="smoke", batch=256, steps_prior=200, steps=200, lr_prior=2e-3, lr_ce=1e-3, lr_dlsm=1e-3, lr_total=1e-3,
-        lr_decay="cosine", n_seeds=2, eval_every=50, checkpoint_every=100, n_samples=500, n_real=500, n_levels=20, n_corrector=1),
+        lr_decay="cosine", n_seeds=2, eval_every=50, checkpoint_every=100, n_samples=500, n_real=500, n_levels=20,
+        n_corrector=1),
     MoonsPreset(
         name="demo", batch=512, steps_prior=4_000, steps=4_000, lr_prior=2e-3, lr_ce=1e-3, lr_dlsm=1e-3, lr_total=1e-3,
-        lr_decay="cosine", n_seeds=5, eval_every=100, checkpoint_every=1_000, n_samples=5_000, n_real=5_000, n_levels=100, n_corrector=1),
+        lr_decay="cosine", n_seeds=5, eval_every=100, checkpoint_every=1_000, n_samples=5_000, n_real=5_000, n_levels=100,
+        n_corrector=1),
     MoonsPreset(
-        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5, lr_total=1e-5,
-        n_seeds=5, eval_every=200, checkpoint_every=2_000, n_samples=10_000, n_real=5_000, n_levels=1_000, n_corrector=1),
+        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5,
+        lr_total=1e-5, n_seeds=5, eval_every=200, checkpoint_every=2_000, n_samples=10_000, n_real=5_000, n_levels=1_000,
+        n_corrector=1),
 )}
 
-# %% ../nbs/17a_presets.ipynb #2dff5698
+# %% ../nbs/17a_presets.ipynb #8f02c4a8
 class ParameterError(ValueError):
     "A parameter of a notebook that is not allowed; Jupyter shows it as one line."
     def _render_traceback_(self): return [f"ParameterError: {self}"]
@@ -73,18 +76,22 @@ def _is_interval(rule:Any) -> bool: return isinstance(rule, tuple) and [type(end
 def _fits(value:Any, rule:Any) -> bool:
     "Tell whether `value` is allowed by `rule`; a bool is not a number."
     if rule is float: return type(value) in (int, float) and math.isfinite(value)
-    if isinstance(rule, (type, UnionType)): return isinstance(value, rule) and (type(value) is not bool or isinstance(True, rule) and rule is not int)
+    if rule is int: return type(value) is int
+    if isinstance(rule, (type, UnionType)): return isinstance(value, rule)
     if isinstance(rule, range): return type(value) is int and value in rule
     if _is_interval(rule): return type(value) in (int, float) and rule[0] <= value <= rule[1]
     if isinstance(rule, (tuple, list, dict)): return any(_fits(value, choice) for choice in rule)
     return type(value) is type(rule) and value == rule
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+
+
 def _told(rule:Any) -> str:
     "Say in words what `rule` allows."
-    if isinstance(rule, type): return {"int": "a whole number", "float": "a number", "str": "a text", "bool": "True or False"}.get(rule.__name__, rule.__name__)
-    if isinstance(rule, UnionType): return " or ".join("None" if part is type(None) else _told(part) for part in rule.__args__)
-    if isinstance(rule, range): return f"a whole number from {rule[0]} to {rule[-1]}" + (f" in steps of {rule.step}" if rule.step != 1 else "")
+    if isinstance(rule, type): return _WORDS.get(rule, rule.__name__)
+    if isinstance(rule, UnionType): return " or ".join(map(_told, rule.__args__))
+    if isinstance(rule, range): return f"a whole number from {rule[0]} to {rule[-1]}"
     if _is_interval(rule): return f"a number from {rule[0]:g} to {rule[1]:g}"
     if isinstance(rule, (tuple, list, dict)): return " or ".join(map(_told, rule))
     return repr(rule)
@@ -99,7 +106,8 @@ def _close(name:str, names:Iterable[str]) -> str:
 def _given(namespace:dict) -> set[str]:
     "Return the names that papermill's cell sets (in a notebook), or every plain value (elsewhere)."
     if "In" not in namespace:
-        return {n for n, v in namespace.items() if not n.startswith("_") and isinstance(v, (str, int, float, bool, list, dict, type(None)))}
+        plain = (str, int, float, bool, list, dict, type(None))
+        return {name for name, value in namespace.items() if not name.startswith("_") and isinstance(value, plain)}
     injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
     targets = [t for node in ast.parse(injected[-1]).body if isinstance(node, ast.Assign) for t in node.targets] if injected else []
     return {t.id for t in targets if isinstance(t, ast.Name)}
@@ -121,7 +129,7 @@ def check_parameters(
             hint = _close(value, rule) if isinstance(value, str) and isinstance(rule, (tuple, list, dict)) else ""
             raise ParameterError(f"{name} = {value!r} is not allowed{hint} ({name} must be {_told(rule)})")
 
-# %% ../nbs/17a_presets.ipynb #f738c6fc
+# %% ../nbs/17a_presets.ipynb #bcfca12b
 def pick_device(
     device:str|None=None, # cpu, cuda, cuda:1, mps; None: CUDA if there is one, else the CPU
 ) -> torch.device: # a device that exists

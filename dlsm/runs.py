@@ -6,7 +6,7 @@
 __all__ = ['find_root', 'run_dir', 'figure_dir', 'need', 'atomic_path', 'atomic_write', 'sha256', 'provenance', 'paper',
            'save_result', 'list_results', 'load_result', 'progress']
 
-# %% ../nbs/17_runs.ipynb #121d31ac
+# %% ../nbs/17_runs.ipynb #4f845f10
 import configparser
 import datetime
 import errno
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from .presets import ParameterError, check_parameters, pick_device  # noqa: F401  a notebook finds all it needs here
 
-# %% ../nbs/17_runs.ipynb #a9a1dd73
+# %% ../nbs/17_runs.ipynb #65db379a
 def find_root(
     start:str|Path|None=None, # where to look from; None: the current directory
 ) -> Path: # the repository's root
@@ -53,7 +53,7 @@ def find_root(
     raise FileNotFoundError(f"no settings.ini with lib_name = dlsm in {here} or above: work inside a clone of the repository, "
                             "or set DLSM_ROOT to the folder that shall hold runs/ and figures/")
 
-# %% ../nbs/17_runs.ipynb #b8495f4e
+# %% ../nbs/17_runs.ipynb #22bee0eb
 def run_dir(
     dataset:str, # moons, digits, cifar10 or cifar100
     preset:str,  # the preset's name
@@ -74,7 +74,7 @@ def figure_dir(
     below = [] if preset in (None, "demo", "smoke") else [preset]
     return find_root().joinpath(*above, "figures", dataset, *below)
 
-# %% ../nbs/17_runs.ipynb #9ed92b7b
+# %% ../nbs/17_runs.ipynb #d86b3bf7
 def need(
     path:str|Path, # a file that an earlier notebook writes
     notebook:str,  # that notebook's name, such as 04_moons
@@ -88,7 +88,7 @@ def need(
     given = "".join(f" -p {name} {value}" for name, value in parameters.items())
     raise FileNotFoundError(f"{shown.as_posix()} is missing: run `papermill nbs/{notebook}.ipynb out.ipynb -k python3{given}` first")
 
-# %% ../nbs/17_runs.ipynb #3dca2c38
+# %% ../nbs/17_runs.ipynb #35a86895
 def _alive(pid:int) -> bool:
     "Tell whether process `pid` runs on this machine."
     try: os.kill(pid, 0)
@@ -115,7 +115,8 @@ def atomic_path(
         os.replace(part, path)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        raise OSError(e.errno, "the disk is full, the previous version (if any) is unchanged: make room and run again", str(path)) from None
+        told = "the disk is full, the previous version (if any) is unchanged: make room and run again"
+        raise OSError(e.errno, told, str(path)) from None
     finally: part.unlink(missing_ok=True)
 
 
@@ -134,7 +135,7 @@ def sha256(
     "Return the SHA-256 of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/17_runs.ipynb #9085e8eb
+# %% ../nbs/17_runs.ipynb #50d8c2b4
 _PACKAGES = ("dlsm", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib")
 
 
@@ -170,7 +171,7 @@ def provenance(
         "wall_seconds": round(time.time() - started, 2),
         "inputs": {(f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name): sha256(f) for f in files}}
 
-# %% ../nbs/17_runs.ipynb #5c040dbf
+# %% ../nbs/17_runs.ipynb #00781bce
 def paper(
     *keys:str, # the way down, such as "table1", "D_L", "base"
 ) -> Any: # a number, a list or a dict
@@ -178,11 +179,12 @@ def paper(
     found = json.loads(importlib.resources.files("dlsm").joinpath("paper.json").read_text(encoding="utf-8"))
     for i, key in enumerate(keys):
         if not isinstance(found, dict) or key not in found:
-            raise KeyError(f"the paper's numbers have no {'/'.join(keys[:i + 1])}; there is: {', '.join(found) if isinstance(found, dict) else found}")
+            there = ", ".join(found) if isinstance(found, dict) else found
+            raise KeyError(f"the paper's numbers have no {'/'.join(keys[:i + 1])}; there is: {there}")
         found = found[key]
     return found
 
-# %% ../nbs/17_runs.ipynb #b29e9b52
+# %% ../nbs/17_runs.ipynb #57d8ab88
 def _plain(value:Any, where:str) -> Any:
     "Turn arrays and tensors into lists, and refuse what JSON cannot hold."
     if isinstance(value, dict): return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
@@ -224,7 +226,7 @@ def save_result(
     if table is not None: atomic_write(target.with_suffix(".md"), table.rstrip() + "\n")
     return atomic_write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/17_runs.ipynb #fcfed95a
+# %% ../nbs/17_runs.ipynb #20ece62a
 def list_results(
     preset:str|None=None, # smoke: the smoke run's; anything else: what figures/ holds
 ) -> list[Path]: # the JSON files, sorted
@@ -241,10 +243,11 @@ def load_result(
     "Load a result. Raises `FileNotFoundError` with the results there are."
     path = figure_dir(dataset, preset)/f"{id}.json"
     if path.exists(): return json.loads(path.read_text(encoding="utf-8"))
-    there = ", ".join(p.relative_to(find_root()).as_posix() for p in list_results(preset)) or "none"
-    raise FileNotFoundError(f"{path.relative_to(find_root()).as_posix()} is missing: run its notebook (see the Snakefile) first; results there are: {there}")
+    def shown(p): return p.relative_to(find_root()).as_posix()
+    there = ", ".join(map(shown, list_results(preset))) or "none"
+    raise FileNotFoundError(f"{shown(path)} is missing: run its notebook (see the Snakefile) first; results there are: {there}")
 
-# %% ../nbs/17_runs.ipynb #1eea4ea4
+# %% ../nbs/17_runs.ipynb #4b63a4d9
 def progress(
     steps:Iterable,       # what to go through
     title:str="",         # what is being done

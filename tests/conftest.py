@@ -1,0 +1,51 @@
+"""What all tests share: a copy of the project to try things in, and the skipping of GPU tests where there is none."""
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    "Skip GPU tests visibly without CUDA, and run what takes minutes after everything else."
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    items.sort(key=lambda item: item.get_closest_marker("project") is not None)
+
+
+def pytest_report_header():
+    return f"torch {torch.__version__}, {'CUDA' if torch.cuda.is_available() else 'no CUDA'}, {os.cpu_count()} CPUs"
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The root of the repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tracked(root):
+    "The files of the project: those that git tracks or would, or in an unpacked archive all that are not built."
+    if (root/".git").exists():
+        listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+                                cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    else:
+        skipped = {".venv", "runs", "data", "build", "dist", ".snakemake", "__pycache__"}
+        listed = [p.relative_to(root) for p in root.rglob("*") if not skipped & set(p.relative_to(root).parts)]
+    return [root/name for name in listed if (root/name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def copy(root, tracked, tmp_path_factory):
+    "A copy of the project, so that what a test exports, cleans or runs never touches the working tree."
+    target = tmp_path_factory.mktemp("project")/"dlsm"
+    for path in tracked:
+        place = target/path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, place)
+    return target

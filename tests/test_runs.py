@@ -1,0 +1,242 @@
+"""Paths, atomic writes, results and the check of parameters."""
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from dlsm.presets import MOONS, ParameterError, check_parameters, pick_device
+from dlsm.runs import (
+    atomic_path,
+    atomic_write,
+    figure_dir,
+    find_root,
+    list_results,
+    load_result,
+    need,
+    paper,
+    progress,
+    run_dir,
+    save_result,
+    sha256,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    name:str
+    steps:int = 3
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def files(folder): return sorted(p.name for p in folder.iterdir() if p.is_file())
+
+
+# ---- paths
+
+def test_root(root, tmp_path, monkeypatch):
+    monkeypatch.delenv("DLSM_ROOT", raising=False)
+    assert find_root(root/"nbs") == find_root(root) == root
+    with pytest.raises(FileNotFoundError, match="DLSM_ROOT"): find_root(tmp_path)
+    (tmp_path/"settings.ini").write_text("[DEFAULT]\nlib_name = another\n")
+    with pytest.raises(FileNotFoundError): find_root(tmp_path)
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path/"missing"))
+    with pytest.raises(FileNotFoundError, match="not a folder"): find_root()
+
+
+def test_each_preset_has_its_own_folders(home):
+    folders = [figure_dir("moons", preset) for preset in ("smoke", "demo", "paper", "mine")]
+    assert len(set(folders)) == 4 and figure_dir("moons") == figure_dir("moons", "demo") == home/"figures/moons"
+    assert folders[0] == home/"runs/smoke/figures/moons" and not folders[0].exists()
+    assert run_dir("moons", "demo", "prior").is_dir()
+
+
+def test_need(home):
+    with pytest.raises(FileNotFoundError) as e: need(home/"runs/prior.pt", "04_moons", preset="demo")
+    assert str(e.value) == "runs/prior.pt is missing: run `papermill nbs/04_moons.ipynb out.ipynb -k python3 -p preset demo` first"
+    path = atomic_write(home/"runs/prior.pt", b"1")
+    assert need(path, "04_moons") == path
+
+
+# ---- atomic writes
+
+def test_write_replaces(tmp_path):
+    path = tmp_path/"deep/file.txt"
+    for text in ("one", "zwei ü"): assert atomic_write(path, text).read_text(encoding="utf-8") == text
+    assert files(path.parent) == ["file.txt"] and len(sha256(path)) == 64
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk(tmp_path, monkeypatch, code):
+    path = atomic_write(tmp_path/"file.bin", b"old")
+    def full(self, data):
+        with open(self, "wb") as file: file.write(data[:2])
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="disk is full.*make room") as e: atomic_write(path, b"new")
+    assert e.value.errno == code and path.read_bytes() == b"old" and files(tmp_path) == ["file.bin"]
+
+
+def test_full_disk_while_flushing(tmp_path, monkeypatch):
+    def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path = atomic_write(tmp_path/"file.bin", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk is full"): atomic_write(path, b"new")
+    assert path.read_bytes() == b"old" and files(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_error_leaves_the_old_file(tmp_path, error):
+    path = atomic_write(tmp_path/"file.txt", "old")
+    with pytest.raises(error), atomic_path(path) as part:
+        part.write_text("half")
+        raise error
+    assert path.read_text() == "old" and files(tmp_path) == ["file.txt"]
+
+
+def test_killed_writer(tmp_path):
+    "SIGKILL in the middle of a write: the old file stays whole, and the next write removes what was left."
+    path = atomic_write(tmp_path/"file.txt", "old")
+    code = f"""
+        import time
+        from dlsm.runs import atomic_path
+        with atomic_path({str(path)!r}) as part:
+            part.write_text("half")
+            print("written", flush=True)
+            time.sleep(60)"""
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "written\n"
+        atomic_write(path, "from another process")  # must not take away what a living process writes
+        assert len(files(tmp_path)) == 2
+        writer.send_signal(signal.SIGKILL)
+    assert path.read_text() == "from another process" and len(files(tmp_path)) == 2
+    atomic_write(path, "new")
+    assert path.read_text() == "new" and files(tmp_path) == ["file.txt"]
+
+
+# ---- results
+
+def save(values, preset, title="reduced", **more):
+    return save_result("table1", values, preset=preset, dataset="moons", seeds=range(2), device="cpu", started=time.time(),
+                       title=title, **more)
+
+
+def test_roundtrip(home):
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    ax.plot([0, 1])
+    source = atomic_write(home/"runs/x.pt", b"x")
+    values = {"D_L": torch.tensor([[0.5, 0.25]]), "n": 3, "none": None, "note": "σ"}
+    path = save(values, Preset("demo"), paper=paper("table1", "D_L", "dlsm"), inputs=[source], figure=fig, table="| a |")
+    pictures = [path.with_suffix(s).read_bytes() for s in (".png", ".svg")]
+    result = load_result("table1", "moons", "demo")
+    assert result["values"] == {"D_L": [[0.5, 0.25]], "n": 3, "none": None, "note": "σ"} and result["paper"] == [0.052, 0.052]
+    assert result["preset"] == {"name": "demo", "steps": 3} and result["seeds"] == [0, 1]
+    assert result["inputs"] == {"runs/x.pt": sha256(source)} and result["versions"]["torch"] and result["commit"] is None
+    assert result["time"].endswith("+00:00") and result["wall_seconds"] >= 0
+    assert list_results() == [path] and list_results("smoke") == []
+    assert files(path.parent) == ["table1.json", "table1.md", "table1.png", "table1.svg"]
+    save(values, Preset("demo"), figure=fig)
+    plt.close(fig)
+    assert pictures == [path.with_suffix(s).read_bytes() for s in (".png", ".svg")], "the same figure gives the same bytes"
+
+
+def test_commit_is_recorded(home):
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", "-C", home, *command], check=True)
+    save({"a": 1}, Preset("demo"))
+    result = load_result("table1", "moons")
+    assert len(result["commit"]) == 40 and result["dirty"] is False
+
+
+def test_presets_do_not_overwrite_each_other(home):
+    for i, name in enumerate(("demo", "paper", "smoke")): save({"i": i}, Preset(name))
+    assert [load_result("table1", "moons", name)["values"]["i"] for name in ("demo", "paper", "smoke")] == [0, 1, 2]
+    assert len(list_results()) == 2 and len(list_results("smoke")) == 1
+
+
+@pytest.mark.parametrize("values", [{"a": float("nan")}, {"a": [1., float("inf")]}, {"a": torch.tensor(float("nan"))}, {"a": object()}])
+def test_values_that_are_none(home, values):
+    with pytest.raises(ValueError, match=r"values\['a'\]"): save(values, Preset("demo"))
+    assert list_results() == []
+
+
+def test_reduced_results_say_so(home):
+    with pytest.raises(ValueError, match="reduced"): save({"a": 1}, Preset("demo"), title="Table 1")
+    save({"a": 1}, Preset("paper"), title="Table 1")
+    save({"a": 1}, None, title="Fig. 2")
+
+
+def test_missing_result_and_missing_number(home):
+    save({"a": 1}, Preset("demo"))
+    with pytest.raises(FileNotFoundError, match="figures/moons/table1.json"): load_result("fig1", "moons")
+    with pytest.raises(KeyError, match="table1/D_X"): paper("table1", "D_X")
+
+
+# ---- parameters
+
+RULES = dict(preset=MOONS, seed=range(0, 10), scale=(0., 1.), data_dir=str | None, verbose=bool, steps=(None, range(1, 5)), lr=float)
+GOOD = dict(preset="demo", seed=0, scale=1, data_dir=None, verbose=False, steps=None, lr=1)
+
+
+def test_good_parameters():
+    check_parameters(GOOD | {"_hidden": 1, "module": json}, **RULES)
+    check_parameters(GOOD | {"steps": 4, "data_dir": "x", "scale": 0.5, "verbose": True}, **RULES)
+
+
+@pytest.mark.parametrize("wrong, told", [
+    (dict(preset="dmo"), "did you mean demo?"), (dict(preset=None), "'smoke' or 'demo' or 'paper'"),
+    (dict(seed="5"), "a whole number from 0 to 9"), (dict(seed=1.), "whole number"), (dict(seed=True), "whole number"),
+    (dict(seed=10), "from 0 to 9"), (dict(scale=1.1), "a number from 0 to 1"), (dict(scale=float("nan")), "nan"),
+    (dict(scale="1"), "number"), (dict(data_dir=3), "a text or None"), (dict(data_dir=True), "a text or None"),
+    (dict(verbose=1), "True or False"), (dict(verbose="yes"), "True or False"),
+    (dict(steps=0), "None or a whole number from 1 to 4"), (dict(lr=float("inf")), "a number"),
+    (dict(sed=1), "unknown parameter sed; did you mean seed?"),
+    (dict(zzz=None), "unknown parameter zzz (this notebook has: preset, seed")])
+def test_bad_parameters(wrong, told):
+    with pytest.raises(ParameterError) as e: check_parameters(GOOD | wrong, **RULES)
+    assert told in str(e.value) and "\n" not in str(e.value) and e.value._render_traceback_() == [f"ParameterError: {e.value}"]
+
+
+def test_missing_parameter():
+    with pytest.raises(ParameterError, match="seed is not set"): check_parameters({"preset": "demo"}, **RULES)
+
+
+@pytest.mark.parametrize("given, told", [({"seed": 3, "preset": "demo"}, None), ({"sed": 3}, "ParameterError: unknown parameter sed;")])
+def test_parameters_through_papermill(tmp_path, given, told):
+    import papermill
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    sources = ["before = 1", 'preset: str = "smoke"  # smoke, demo or paper\nseed: int = 0', "from dlsm.runs import check_parameters\n"
+               'check_parameters(globals(), preset=("smoke", "demo"), seed=range(10))', "other = 5",
+               'check_parameters(globals(), preset=("smoke", "demo"), seed=range(10))  # again, as a reader does']
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, tmp_path/"in.ipynb")
+    def execute(): papermill.execute_notebook(tmp_path/"in.ipynb", tmp_path/"out.ipynb", given, kernel_name="python3", progress_bar=False)
+    if told is None: return execute()
+    with pytest.raises(papermill.PapermillExecutionError) as e: execute()
+    assert e.value.traceback == [e.value.traceback[0]] and e.value.traceback[0].startswith(told)
+
+
+def test_device():
+    assert pick_device("cpu").type == "cpu" and pick_device() in (torch.device("cpu"), torch.device("cuda"))
+    with pytest.raises(ParameterError, match="there is: cpu"): pick_device("cuda:99")
+
+
+def test_progress_without_audience(capsys):
+    assert list(progress(range(3), "training", every=0.)) == [0, 1, 2] and list(progress(iter("ab"))) == ["a", "b"]
+    assert capsys.readouterr().out.splitlines() == [f"training {i} of 3, 0 s" for i in (1, 2, 3)]
