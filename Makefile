@@ -16,7 +16,7 @@ reproduce: .venv/.ready ## run the notebooks that are not up to date and write f
 	  --rerun-triggers mtime --rerun-incomplete --nolock --keep-going --quiet rules
 
 test: .venv/.ready ## check everything: exported code, notebooks, tests, every notebook once, the package
-	@$(python) -m pytest
+	@$(python) -m pytest --durations=10
 
 lab: .venv/.ready ## open JupyterLab on the index
 	@$(python) -m jupyter lab nbs/index.ipynb
