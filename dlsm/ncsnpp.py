@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FourierFeatures', 'Resample', 'group_norm', 'ResBlock', 'NIN', 'Attention', 'PyramidDown', 'NCSNpp']
 
-# %% ../nbs/12a_ncsnpp.ipynb #f523a024
+# %% ../nbs/12a_ncsnpp.ipynb #28453d10
 import math
 from functools import partial
 
@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/12a_ncsnpp.ipynb #33e1f7eb
+# %% ../nbs/12a_ncsnpp.ipynb #c06a8de6
 class FourierFeatures(nn.Module):
     "Embed log σ by sines and cosines of fixed random frequencies: [B] -> [B, 2·n]."
     def __init__(self,
-        n:int,            # number of frequencies
-        scale:float=16.,  # their standard deviation, in cycles per unit of log σ
+        n:int,           # number of frequencies
+        scale:float=16., # their standard deviation, in cycles per unit of log σ
     ):
         super().__init__()
         self.W = nn.Parameter(scale*torch.randn(n), requires_grad=False)
 
     def forward(self, sigma:Tensor) -> Tensor:
-        angle = sigma.log()[:, None]*self.W*2*math.pi  # in this order float32 rounds as the published code does
+        angle = 2*math.pi*sigma.log()[:, None]*self.W
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-# %% ../nbs/12a_ncsnpp.ipynb #b9e6424b
+# %% ../nbs/12a_ncsnpp.ipynb #6792ed17
 def _fir(gain:float=1.) -> Tensor:
     "Return the filter [1, 3, 3, 1] in both directions, summing to `gain`: [1, 1, 4, 4]."
     taps = torch.tensor([1., 3., 3., 1.])/8
@@ -48,7 +48,7 @@ class Resample(nn.Module):
         resample = F.conv_transpose2d if self.up else F.conv2d
         return resample(x, self.kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
 
-# %% ../nbs/12a_ncsnpp.ipynb #8bfb2330
+# %% ../nbs/12a_ncsnpp.ipynb #b690d8bf
 def _init(layer:nn.Module, gain:float=1.) -> nn.Module:
     "Fill the weight with Glorot's uniform distribution of variance gain/fan-average, the bias with zeros."
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(gain, 1e-10)))
@@ -71,7 +71,7 @@ def group_norm(
     most = max(1, min(channels//4, 32))
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels%g == 0), channels, eps=1e-6)
 
-# %% ../nbs/12a_ncsnpp.ipynb #94df41a8
+# %% ../nbs/12a_ncsnpp.ipynb #13018dd5
 class ResBlock(nn.Module):
     "BigGAN residual block with the embedding of σ: [B, c_in, H, W], [B, n_emb] -> [B, c_out, H', W']."
     def __init__(self,
@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
         h = self.Conv_1(self.dropout(F.silu(self.GroupNorm_1(h))))
         return (self.Conv_2(self.resample(x)) + h)/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #f55b0b32
+# %% ../nbs/12a_ncsnpp.ipynb #fd2797d6
 class NIN(nn.Module):
     "Dense layer over the last axis, with its weight stored as [in, out]."
     def __init__(self,
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(self.NIN_0(tokens), self.NIN_1(tokens), self.NIN_2(tokens))
         return (x + self.NIN_3(h)[:, 0].mT.unflatten(2, x.shape[2:]))/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #3e8d61d4
+# %% ../nbs/12a_ncsnpp.ipynb #166ba59b
 class PyramidDown(nn.Module):
     "Filter by [1, 3, 3, 1], then convolve with stride 2: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."
     def __init__(self,
@@ -140,7 +140,7 @@ class PyramidDown(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         return self.Conv2d_0(F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1]))
 
-# %% ../nbs/12a_ncsnpp.ipynb #bf0be448
+# %% ../nbs/12a_ncsnpp.ipynb #f7b30995
 class NCSNpp(nn.Module):
     "NCSN++ (continuous) of Song et al. 2021: a `Score` for images in [0, 1], with the published tensor names."
     def __init__(self,
