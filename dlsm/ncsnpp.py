@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FourierFeatures', 'Resample', 'group_norm', 'ResBlock', 'NIN', 'Attention', 'PyramidDown', 'NCSNpp']
 
-# %% ../nbs/12a_ncsnpp.ipynb #28453d10
+# %% ../nbs/12a_ncsnpp.ipynb #adf9c69a
 import math
 from functools import partial
 
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/12a_ncsnpp.ipynb #c06a8de6
+from .schedule import check_batch
+
+# %% ../nbs/12a_ncsnpp.ipynb #76cf8dd4
 class FourierFeatures(nn.Module):
     "Embed log σ by sines and cosines of fixed random frequencies: [B] -> [B, 2·n]."
     def __init__(self,
@@ -27,7 +29,7 @@ class FourierFeatures(nn.Module):
         angle = 2*math.pi*sigma.log()[:, None]*self.W
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-# %% ../nbs/12a_ncsnpp.ipynb #6792ed17
+# %% ../nbs/12a_ncsnpp.ipynb #0860f8eb
 def _fir(gain:float=1.) -> Tensor:
     "Return the filter [1, 3, 3, 1] in both directions, summing to `gain`: [1, 1, 4, 4]."
     taps = torch.tensor([1., 3., 3., 1.])/8
@@ -48,7 +50,7 @@ class Resample(nn.Module):
         resample = F.conv_transpose2d if self.up else F.conv2d
         return resample(x, self.kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
 
-# %% ../nbs/12a_ncsnpp.ipynb #b690d8bf
+# %% ../nbs/12a_ncsnpp.ipynb #5654e7b1
 def _init(layer:nn.Module, gain:float=1.) -> nn.Module:
     "Fill the weight with Glorot's uniform distribution of variance gain/fan-average, the bias with zeros."
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(gain, 1e-10)))
@@ -71,7 +73,7 @@ def group_norm(
     most = max(1, min(channels//4, 32))
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels%g == 0), channels, eps=1e-6)
 
-# %% ../nbs/12a_ncsnpp.ipynb #13018dd5
+# %% ../nbs/12a_ncsnpp.ipynb #0a515136
 class ResBlock(nn.Module):
     "BigGAN residual block with the embedding of σ: [B, c_in, H, W], [B, n_emb] -> [B, c_out, H', W']."
     def __init__(self,
@@ -96,7 +98,7 @@ class ResBlock(nn.Module):
         h = self.Conv_1(self.dropout(F.silu(self.GroupNorm_1(h))))
         return (self.Conv_2(self.resample(x)) + h)/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #fd2797d6
+# %% ../nbs/12a_ncsnpp.ipynb #bffdedb2
 class NIN(nn.Module):
     "Dense layer over the last axis, with its weight stored as [in, out]."
     def __init__(self,
@@ -126,7 +128,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(self.NIN_0(tokens), self.NIN_1(tokens), self.NIN_2(tokens))
         return (x + self.NIN_3(h)[:, 0].mT.unflatten(2, x.shape[2:]))/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #166ba59b
+# %% ../nbs/12a_ncsnpp.ipynb #2c82b7c8
 class PyramidDown(nn.Module):
     "Filter by [1, 3, 3, 1], then convolve with stride 2: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."
     def __init__(self,
@@ -140,7 +142,7 @@ class PyramidDown(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         return self.Conv2d_0(F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1]))
 
-# %% ../nbs/12a_ncsnpp.ipynb #f7b30995
+# %% ../nbs/12a_ncsnpp.ipynb #412039f0
 class NCSNpp(nn.Module):
     "NCSN++ (continuous) of Song et al. 2021: a `Score` for images in [0, 1], with the published tensor names."
     def __init__(self,
@@ -157,9 +159,11 @@ class NCSNpp(nn.Module):
         super().__init__()
         levels = len(ch_mult)
         if levels < 1 or min(channels, nf, num_res_blocks, *ch_mult) < 1:
-            raise ValueError(f"channels={channels}, nf={nf}, ch_mult={tuple(ch_mult)}, num_res_blocks={num_res_blocks}: all must be at least 1")
+            raise ValueError(f"channels={channels}, nf={nf}, ch_mult={tuple(ch_mult)}, num_res_blocks={num_res_blocks}: "
+                             "all must be at least 1")
         if image_size < 1 or image_size % 2**(levels - 1):
-            raise ValueError(f"image_size={image_size} cannot be halved {levels - 1} times: use a multiple of {2**(levels - 1)}, or fewer than {levels} levels in ch_mult")
+            raise ValueError(f"image_size={image_size} cannot be halved {levels - 1} times: use a multiple of {2**(levels - 1)}, "
+                             f"or fewer than {levels} levels in ch_mult")
         self.channels, self.image_size, self.num_res_blocks, self.raw = channels, image_size, num_res_blocks, raw
         self.attends = [image_size//2**level in attn_resolutions for level in range(levels)]
         # 1,000 levels from 50 down to 0.01: unused, but the published state dicts hold them
@@ -196,7 +200,7 @@ class NCSNpp(nn.Module):
         "Return the score of the noisy images, ∇ log p_σ(x)."
         size = (self.channels, self.image_size, self.image_size)
         if x.shape[1:] != size: raise ValueError(f"x has shape {tuple(x.shape)}: this net takes [B, {', '.join(map(str, size))}]")
-        if sigma.shape != x.shape[:1]: raise ValueError(f"sigma has shape {tuple(sigma.shape)}: expected one level an image, [{len(x)}]")
+        check_batch(x, sigma, name="x")
         modules = iter(self.all_modules)
         fourier, dense_0, dense_1, stem = (next(modules) for _ in range(4))
         emb = dense_1(F.silu(dense_0(fourier(sigma))))

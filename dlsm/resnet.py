@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'BatchNorm', 'BasicBlock', 'Backbone', 'SigmaResNet']
 
-# %% ../nbs/12b_resnet.ipynb #ccfd657a
+# %% ../nbs/12b_resnet.ipynb #22a4c993
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ncsnpp import FourierFeatures, group_norm
+from .schedule import check_batch
 
-# %% ../nbs/12b_resnet.ipynb #1ed6630b
+# %% ../nbs/12b_resnet.ipynb #c1feee21
 class BatchNorm(nn.BatchNorm2d):
     "`nn.BatchNorm2d` that also runs in train mode inside `torch.func.grad`; running statistics move once a forward pass."
     def forward(self, x:Tensor) -> Tensor:
         if self.training: torch.add(self.num_batches_tracked, 1, out=self.num_batches_tracked)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
-# %% ../nbs/12b_resnet.ipynb #cbb8d473
+# %% ../nbs/12b_resnet.ipynb #cfa0533d
 def _norm(kind:str, channels:int) -> nn.Module:
     if kind not in ("batch", "group"): raise ValueError(f"norm={kind!r}: expected 'batch' (as published) or 'group' (each image by itself)")
     return BatchNorm(channels) if kind == "batch" else group_norm(channels)
 
-# %% ../nbs/12b_resnet.ipynb #7aea2230
+# %% ../nbs/12b_resnet.ipynb #f08b7b5f
 class BasicBlock(nn.Module):
     "Two 3×3 convolutions and a shortcut: [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]."
     def __init__(self,
@@ -46,7 +47,7 @@ class BasicBlock(nn.Module):
         h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(h + self.shortcut(x))
 
-# %% ../nbs/12b_resnet.ipynb #a516b310
+# %% ../nbs/12b_resnet.ipynb #dbb3b7fe
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
@@ -76,7 +77,7 @@ class Backbone(nn.Module):
             h = getattr(self, f"layer{i}")(h) + getattr(self, f"dense_{i}")(F.silu(emb))[:, :, None, None]
         return self.linear(h.mean((2, 3)))
 
-# %% ../nbs/12b_resnet.ipynb #84b92039
+# %% ../nbs/12b_resnet.ipynb #3d2884a8
 class SigmaResNet(nn.Module):
     "ResNet conditioned on σ: a `Classifier` for images in [0, 1], with the published tensor names."
     def __init__(self,
@@ -104,6 +105,6 @@ class SigmaResNet(nn.Module):
         "Return the logits of p_σ(y|x)."
         if x.ndim != 4 or x.shape[1] != self.channels or min(x.shape[2:]) < 8:
             raise ValueError(f"x has shape {tuple(x.shape)}: this net takes [B, {self.channels}, H, W] with H and W at least 8")
-        if sigma.shape != x.shape[:1]: raise ValueError(f"sigma has shape {tuple(sigma.shape)}: expected one level an image, [{len(x)}]")
+        check_batch(x, sigma, name="x")
         fourier, dense_0, dense_1 = self.classifier["condition_modules"]
         return self.classifier["classifier"](x, dense_1(F.silu(dense_0(fourier(sigma)))))
