@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOONS', 'MoonsPreset', 'ParameterError', 'check_parameters', 'pick_device']
 
-# %% ../nbs/17a_presets.ipynb #1fdc3376
+# %% ../nbs/17a_presets.ipynb #02a7dd56
 import ast
 import difflib
 import math
@@ -16,55 +16,59 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/17a_presets.ipynb #320c3a07
+# %% ../nbs/17a_presets.ipynb #f6a1cab6
 @dataclass(frozen=True)
 class MoonsPreset:
     "Settings of everything that is trained, sampled and measured on the inter-twining moons."
     name:str             # smoke, demo or paper
-    batch:int            # points drawn for each step
-    steps_prior:int      # steps of stage 1, the score model
-    steps:int            # steps of stage 2, each classifier
+    batch:int            # points drawn for each step and training
+    steps_prior:int      # steps of stage 1, the score models
+    steps:int            # steps of stage 2, the classifiers of the paper's form
+    steps_joint:int      # … and those whose inputs meet in a hidden layer
     lr_prior:float       # learning rate of the score models
     lr_ce:float          # … of the classifier under L_CE
     lr_dlsm:float        # … under L_DLSM' alone
     lr_total:float       # … under L_Total
+    lr_joint:float       # … of the classifiers whose inputs meet, under any loss
     n_seeds:int          # trainings of each method: mean and spread are over these
     eval_every:int       # steps between two points of the curves of Fig. 5
-    checkpoint_every:int # steps between two checkpoints
     n_samples:int        # samples drawn for each class and method
     n_real:int           # real points of each class that they are compared with
-    n_levels:int         # noise levels of the sampler
-    n_corrector:int      # Langevin steps at each level
-    lr_decay:str = "constant"              # constant or cosine (to zero at the last step)
-    ema:float|None = None                  # decay of the moving average of the weights; None: no average
-    encoding:str = "raw"                   # how σ enters the nets: raw (as it is, the paper's) or log
-    widths_x:tuple = (256, 128, 64)        # hidden widths of the branch of x
-    widths_sigma:tuple = (64, 32, 16)      # hidden widths of the branch of σ
+    n_sampled_seeds:int  # trainings that samples are drawn from
+    n_burn:int           # Langevin steps at sigma_max that forget the start of a sample
+    n_levels:int         # noise levels of the sampler, from sigma_max to sigma_eval
+    steps_sweep:int      # steps of each training of the sweep
+    checkpoint_every:int = 1_000           # steps between two checkpoints
+    lr_decay:str = "cosine"                # constant or cosine (to zero at the last step)
+    ema:float|None = 0.999                 # decay of the moving average of the weights; None: no average
+    forms:tuple = ("paper", "joint")       # forms of the classifier, see `dlsm.moons.FORMS`
+    score_net:str = "preconditioned"       # paper: the paper's score model; preconditioned: with known parts outside the network
+    stratified:bool = True                 # spread each batch evenly over log σ
+    lams:tuple = (0., 1/128, 1/32, 0.125, 0.5, 2., 8.)  # λ of the sweep
+    powers:tuple = (0., 1., 2.)            # powers of σ of the sweep
     n_points:int = 10_000                  # points of the data set, both classes
     lam:float = 0.125                      # λ of L_Total = L_DLSM' + λ L_CE
-    power:int = 2                          # residuals are multiplied by σ^power
+    power:float = 2.                       # residuals are multiplied by σ^power
     sigma_min:float = 1e-3                 # training noise is log-uniform in [sigma_min, sigma_max]
     sigma_max:float = 10.                  # in units of the data (the crescents span about 60)
     sigma_eval:float = 7.5                 # the level at which errors and samples are taken
     k:int = 5                              # neighbours of precision and recall
 
-# %% ../nbs/17a_presets.ipynb #fc5c8e11
+# %% ../nbs/17a_presets.ipynb #dc378687
 MOONS = {p.name: p for p in (
     MoonsPreset(
-        name="smoke", batch=256, steps_prior=200, steps=200, lr_prior=2e-3, lr_ce=1e-3, lr_dlsm=1e-3, lr_total=1e-3,
-        lr_decay="cosine", n_seeds=2, eval_every=50, checkpoint_every=100, n_samples=500, n_real=500, n_levels=20,
-        n_corrector=1),
+        name="smoke", batch=128, steps_prior=200, steps=200, steps_joint=200, steps_sweep=100, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3,
+        lr_joint=3e-3, n_seeds=2, eval_every=20, checkpoint_every=200, n_samples=500, n_real=500, n_sampled_seeds=1, n_burn=15, n_levels=5),
     MoonsPreset(
-        name="demo", batch=512, steps_prior=4_000, steps=4_000, lr_prior=2e-3, lr_ce=1e-3, lr_dlsm=1e-3, lr_total=1e-3,
-        lr_decay="cosine", n_seeds=5, eval_every=100, checkpoint_every=1_000, n_samples=5_000, n_real=5_000, n_levels=100,
-        n_corrector=1),
+        name="demo", batch=256, steps_prior=2_000, steps=5_000, steps_joint=2_000, steps_sweep=1_000, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3,
+        lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=50, n_samples=10_000, n_real=5_000, n_sampled_seeds=3, n_burn=30, n_levels=10),
     MoonsPreset(
-        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5,
-        lr_total=1e-5, n_seeds=5, eval_every=200, checkpoint_every=2_000, n_samples=10_000, n_real=5_000, n_levels=1_000,
-        n_corrector=1),
+        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, steps_joint=0, steps_sweep=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5,
+        lr_total=1e-5, lr_joint=0., forms=("paper",), lr_decay="constant", ema=None, score_net="paper", stratified=False,
+        n_seeds=5, eval_every=200, n_samples=10_000, n_real=5_000, n_sampled_seeds=5, n_burn=200, n_levels=100),
 )}
 
-# %% ../nbs/17a_presets.ipynb #8f02c4a8
+# %% ../nbs/17a_presets.ipynb #00f5cbb2
 class ParameterError(ValueError):
     "A parameter of a notebook that is not allowed; Jupyter shows it as one line."
     def _render_traceback_(self): return [f"ParameterError: {self}"]
@@ -129,7 +133,7 @@ def check_parameters(
             hint = _close(value, rule) if isinstance(value, str) and isinstance(rule, (tuple, list, dict)) else ""
             raise ParameterError(f"{name} = {value!r} is not allowed{hint} ({name} must be {_told(rule)})")
 
-# %% ../nbs/17a_presets.ipynb #bcfca12b
+# %% ../nbs/17a_presets.ipynb #a7d6f364
 def pick_device(
     device:str|None=None, # cpu, cuda, cuda:1, mps; None: CUDA if there is one, else the CPU
 ) -> torch.device: # a device that exists
