@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FourierFeatures', 'Resample', 'group_norm', 'ResBlock', 'NIN', 'Attention', 'PyramidDown', 'NCSNpp']
 
-# %% ../nbs/12a_ncsnpp.ipynb #adf9c69a
+# %% ../nbs/12a_ncsnpp.ipynb #3a209b5a
 import math
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .schedule import check_batch
 
-# %% ../nbs/12a_ncsnpp.ipynb #76cf8dd4
+# %% ../nbs/12a_ncsnpp.ipynb #c52618cb
 class FourierFeatures(nn.Module):
     "Embed log σ by sines and cosines of fixed random frequencies: [B] -> [B, 2·n]."
     def __init__(self,
@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         angle = 2*math.pi*sigma.log()[:, None]*self.W
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-# %% ../nbs/12a_ncsnpp.ipynb #0860f8eb
+# %% ../nbs/12a_ncsnpp.ipynb #0ebe0a36
 def _fir(gain:float=1.) -> Tensor:
     "Return the filter [1, 3, 3, 1] in both directions, summing to `gain`: [1, 1, 4, 4]."
     taps = torch.tensor([1., 3., 3., 1.])/8
@@ -50,7 +50,7 @@ class Resample(nn.Module):
         resample = F.conv_transpose2d if self.up else F.conv2d
         return resample(x, self.kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
 
-# %% ../nbs/12a_ncsnpp.ipynb #5654e7b1
+# %% ../nbs/12a_ncsnpp.ipynb #d49b3121
 def _init(layer:nn.Module, gain:float=1.) -> nn.Module:
     "Fill the weight with Glorot's uniform distribution of variance gain/fan-average, the bias with zeros."
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(gain, 1e-10)))
@@ -73,7 +73,7 @@ def group_norm(
     most = max(1, min(channels//4, 32))
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels%g == 0), channels, eps=1e-6)
 
-# %% ../nbs/12a_ncsnpp.ipynb #0a515136
+# %% ../nbs/12a_ncsnpp.ipynb #782c392a
 class ResBlock(nn.Module):
     "BigGAN residual block with the embedding of σ: [B, c_in, H, W], [B, n_emb] -> [B, c_out, H', W']."
     def __init__(self,
@@ -98,7 +98,7 @@ class ResBlock(nn.Module):
         h = self.Conv_1(self.dropout(F.silu(self.GroupNorm_1(h))))
         return (self.Conv_2(self.resample(x)) + h)/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #bffdedb2
+# %% ../nbs/12a_ncsnpp.ipynb #96182088
 class NIN(nn.Module):
     "Dense layer over the last axis, with its weight stored as [in, out]."
     def __init__(self,
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(self.NIN_0(tokens), self.NIN_1(tokens), self.NIN_2(tokens))
         return (x + self.NIN_3(h)[:, 0].mT.unflatten(2, x.shape[2:]))/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #2c82b7c8
+# %% ../nbs/12a_ncsnpp.ipynb #9e865267
 class PyramidDown(nn.Module):
     "Filter by [1, 3, 3, 1], then convolve with stride 2: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."
     def __init__(self,
@@ -142,7 +142,7 @@ class PyramidDown(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         return self.Conv2d_0(F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1]))
 
-# %% ../nbs/12a_ncsnpp.ipynb #412039f0
+# %% ../nbs/12a_ncsnpp.ipynb #f431f98f
 class NCSNpp(nn.Module):
     "NCSN++ (continuous) of Song et al. 2021: a `Score` for images in [0, 1], with the published tensor names."
     def __init__(self,

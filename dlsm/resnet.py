@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'BatchNorm', 'BasicBlock', 'Backbone', 'SigmaResNet']
 
-# %% ../nbs/12b_resnet.ipynb #22a4c993
+# %% ../nbs/12b_resnet.ipynb #8acb659e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from .ncsnpp import FourierFeatures, group_norm
 from .schedule import check_batch
 
-# %% ../nbs/12b_resnet.ipynb #c1feee21
+# %% ../nbs/12b_resnet.ipynb #b7965661
 class BatchNorm(nn.BatchNorm2d):
     "`nn.BatchNorm2d` that also runs in train mode inside `torch.func.grad`; running statistics move once a forward pass."
     def forward(self, x:Tensor) -> Tensor:
         if self.training: torch.add(self.num_batches_tracked, 1, out=self.num_batches_tracked)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
-# %% ../nbs/12b_resnet.ipynb #cfa0533d
+# %% ../nbs/12b_resnet.ipynb #bf691278
 def _norm(kind:str, channels:int) -> nn.Module:
     if kind not in ("batch", "group"): raise ValueError(f"norm={kind!r}: expected 'batch' (as published) or 'group' (each image by itself)")
     return BatchNorm(channels) if kind == "batch" else group_norm(channels)
 
-# %% ../nbs/12b_resnet.ipynb #f08b7b5f
+# %% ../nbs/12b_resnet.ipynb #a69b4b31
 class BasicBlock(nn.Module):
     "Two 3×3 convolutions and a shortcut: [B, c_in, H, W] -> [B, c_out, H/stride, W/stride]."
     def __init__(self,
@@ -47,7 +47,7 @@ class BasicBlock(nn.Module):
         h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(h + self.shortcut(x))
 
-# %% ../nbs/12b_resnet.ipynb #dbb3b7fe
+# %% ../nbs/12b_resnet.ipynb #dfca1770
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
@@ -77,7 +77,7 @@ class Backbone(nn.Module):
             h = getattr(self, f"layer{i}")(h) + getattr(self, f"dense_{i}")(F.silu(emb))[:, :, None, None]
         return self.linear(h.mean((2, 3)))
 
-# %% ../nbs/12b_resnet.ipynb #3d2884a8
+# %% ../nbs/12b_resnet.ipynb #7c7c6899
 class SigmaResNet(nn.Module):
     "ResNet conditioned on σ: a `Classifier` for images in [0, 1], with the published tensor names."
     def __init__(self,
