@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ce_loss', 'elsm_loss', 'dlsm_loss', 'total_loss']
 
-# %% ../nbs/03_dlsm.ipynb #15d108c9
+# %% ../nbs/03_dlsm.ipynb #fc1fd88f
 from typing import Literal
 
 import torch
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dsm import Score, perturb, weighted_error
-from .guidance import Classifier, likelihood_score, likelihood_score_and_logits
+from .guidance import Classifier, likelihood_score, likelihood_score_and_logits, prior_score
 from .schedule import check_batch, expand
 
-# %% ../nbs/03_dlsm.ipynb #bde2843f
+# %% ../nbs/03_dlsm.ipynb #8e4faa1e
 def ce_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -28,7 +28,7 @@ def ce_loss(
     check_batch(x_noisy, sigma, y, logits.shape[-1])
     return F.cross_entropy(logits, y, reduction="none")
 
-
+# %% ../nbs/03_dlsm.ipynb #b0e35da0
 def elsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     oracle:Classifier, # the exact p_σ(y|x̃) as logits, such as `parzen_classifier`
@@ -38,11 +38,14 @@ def elsm_loss(
     power:float=1, # σ-weighting, see `weighted_error`
     reduce:Literal["mean", "sum"]="mean", # over an item's dimensions
 )->Tensor: # one loss per item [B]
-    "Compute the explicit likelihood score matching loss ½‖∇ log p(y|x̃; θ) − ∇ log p_σ(y|x̃)‖², which needs the oracle."
+    """Compute the explicit likelihood score matching loss ½‖∇ log p(y|x̃; θ) − ∇ log p_σ(y|x̃)‖², which needs the oracle.
+
+    Raises `ValueError` as `likelihood_score` does.
+    """
     residual = likelihood_score(classifier, x_noisy, sigma, y, create_graph=True) - likelihood_score(oracle, x_noisy, sigma, y)
     return weighted_error(residual, sigma, power, reduce)
 
-
+# %% ../nbs/03_dlsm.ipynb #23efe6ad
 def dlsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     score:Score, # the prior score: the oracle's for L_DLSM, the frozen model s(x̃; φ) for L_DLSM′
@@ -73,7 +76,7 @@ def total_loss(
 )->Tensor: # one loss per item [B]
     "Compute L_Total = L_DLSM′ + λ L_CE from one forward pass of the classifier. Raises as `dlsm_loss` does."
     x_noisy = perturb(x, sigma, noise)
-    with torch.no_grad(): prior = score(x_noisy, sigma)
+    prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)
     dlsm = weighted_error(likelihood + prior + noise / expand(sigma, x), sigma, power, reduce)
     return dlsm + lam * F.cross_entropy(logits, y, reduction="none")
