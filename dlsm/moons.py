@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'LOSSES', 'SPREAD', 'ALPHA', 'score_net', 'fit_scores', 'oracle_scores', 'likelihood_scores', 'distance',
            'curves', 'fit_classifiers', 'fit_sweep', 'sample_moons', 'methods', 'oracle_method', 'errors']
 
-# %% ../nbs/19_moons.ipynb #fbd07b9d
+# %% ../nbs/19_moons.ipynb #3c145a24
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +27,7 @@ from .samplers import gaussian_noise, langevin, pc_sample
 from .schedule import VESchedule
 from .training import State, fit, step_generator
 
-# %% ../nbs/19_moons.ipynb #463eece5
+# %% ../nbs/19_moons.ipynb #098248c6
 FORMS = {"paper": {}, "joint": {"joint": 64, "scale": 15., "log_sigma": True, "activation": nn.SiLU}}  # of `MLPClassifier`
 LOSSES = ("ce", "dlsm_prime", "total")  # the three of Fig. 5
 SPREAD = 14.  # standard deviation of a coordinate of the data, both axes together
@@ -39,7 +39,7 @@ def score_net(
     "Build one score model of the preset."
     return MLPScore() if preset.score_net == "paper" else EDMPrecond(MLPScore(joint=64, activation=nn.SiLU), sigma_data=SPREAD, mean=0.)
 
-# %% ../nbs/19_moons.ipynb #4ae1c59f
+# %% ../nbs/19_moons.ipynb #86422dc7
 def _schedule(preset:MoonsPreset)->VESchedule: return VESchedule(preset.sigma_min, preset.sigma_max)
 
 
@@ -66,7 +66,7 @@ def _config(
     sampling = {"name", "n_samples", "n_real", "n_sampled_seeds", "n_burn", "n_levels", "k", "checkpoint_every", "sigma_eval", "steps_sweep", "lams", "powers"}
     return {k: v for k, v in dataclasses.asdict(preset).items() if k not in sampling} | more
 
-# %% ../nbs/19_moons.ipynb #4689b2e1
+# %% ../nbs/19_moons.ipynb #1a759bb0
 def fit_scores(
     preset:MoonsPreset, # settings
     seed:int, # of the first training; the others follow
@@ -82,11 +82,11 @@ def fit_scores(
     def loss(model, generator):
         index, sigma, noise = _draw(preset, first, count, generator)
         return model.map(lambda net, *batch: dsm_loss(net, *batch, power=preset.power).mean(), x[index], sigma, noise).sum()
-    optimizer = torch.optim.Adam(model.parameters(), preset.lr_prior)
+    optimizer = torch.optim.Adam(model.parameters(), preset.lr_prior, fused=True)
     yield from fit(model, loss, preset.steps_prior, optimizer, seed, run_dir("moons", preset.name, f"scores-{seed}"), _config(preset, seed=seed),
                    decay=preset.lr_decay, ema=preset.ema, checkpoint_every=preset.checkpoint_every)
 
-# %% ../nbs/19_moons.ipynb #3fb1ed82
+# %% ../nbs/19_moons.ipynb #a6257c08
 def oracle_scores(
     preset:MoonsPreset, # the data set
     points:Tensor, # [B, 2]
@@ -117,7 +117,7 @@ def distance(
     "Average the Euclidean distance of two scores over the points."
     return (a.double() - b).norm(dim=-1).mean(-1)
 
-# %% ../nbs/19_moons.ipynb #6c0d1732
+# %% ../nbs/19_moons.ipynb #fd360c95
 def _copies(
     net:Callable[[], nn.Module], # builds one
     seeds:Sequence[int], # of the initial weights
@@ -156,7 +156,10 @@ def fit_classifiers(
     scores:Ensemble, # trained by `fit_scores` with the same preset and seed
     device:torch.device|str, # where to train
 )->Iterator[State]: # `fit`'s; `state.ema` holds one `Ensemble` for each of `LOSSES`
-    "Train classifiers under L_CE, L_DLSM′ and L_Total, one for each seed, together. The record holds `curves` for each loss."
+    """Train classifiers under L_CE, L_DLSM′ and L_Total, one for each seed, together.
+
+    The record holds `curves` for each loss, every `preset.eval_every` steps and, where they change fastest, at the first powers of two.
+    """
     x, y = (t.to(device) for t in moons(preset.n_points))
     n, measure = preset.n_seeds, curves(preset, device)
     lam = torch.tensor([0.] * n + [preset.lam] * n, device=device)
@@ -182,12 +185,14 @@ def fit_classifiers(
     steps, rates = {
         "paper": (preset.steps, {"ce": preset.lr_ce, "dlsm_prime": preset.lr_dlsm, "total": preset.lr_total}),
         "joint": (preset.steps_joint, dict.fromkeys(LOSSES, preset.lr_joint))}[form]
-    optimizer = torch.optim.Adam([{"params": model[name].parameters(), "lr": rates[name]} for name in LOSSES])
-    yield from fit(model, loss, steps, optimizer, seed + 1_000_003, run_dir("moons", preset.name, f"classifiers-{form}-{seed}"),
-                   _config(preset, seed=seed, form=form), decay=preset.lr_decay, ema=preset.ema, evaluate=evaluate, every=preset.eval_every,
-                   checkpoint_every=preset.checkpoint_every)
+    optimizer = torch.optim.Adam([{"params": model[name].parameters(), "lr": rates[name]} for name in LOSSES], fused=True)
+    for state in fit(model, loss, steps, optimizer, seed + 1_000_003, run_dir("moons", preset.name, f"classifiers-{form}-{seed}"),
+                     _config(preset, seed=seed, form=form), decay=preset.lr_decay, ema=preset.ema, evaluate=evaluate, every=preset.eval_every,
+                     checkpoint_every=preset.checkpoint_every):
+        if state.step < preset.eval_every and state.step & (state.step - 1) == 0: state.record.append({"step": state.step} | evaluate(state))
+        yield state
 
-# %% ../nbs/19_moons.ipynb #f3420c6b
+# %% ../nbs/19_moons.ipynb #364457b9
 def fit_sweep(
     preset:MoonsPreset, # settings, with the grid `lams` × `powers`
     form:str, # paper or joint, see `FORMS`
@@ -207,12 +212,12 @@ def fit_sweep(
         with torch.no_grad(): found = prior(perturb(x[index], sigma, noise), sigma)
         def total(net, lam, power): return total_loss(net, lambda *_: found, x[index], y[index], sigma, noise, lam, power).mean()
         return model.map(total, lam, power).sum()
-    optimizer = torch.optim.Adam(model.parameters(), preset.lr_total if form == "paper" else preset.lr_joint)
+    optimizer = torch.optim.Adam(model.parameters(), preset.lr_total if form == "paper" else preset.lr_joint, fused=True)
     yield from fit(model, loss, preset.steps_sweep, optimizer, seed + 2_000_003, run_dir("moons", preset.name, f"sweep-{form}-{seed}"),
                    _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep), decay=preset.lr_decay, ema=preset.ema,
                    evaluate=lambda state: measure([state.ema]), every=preset.steps_sweep, checkpoint_every=preset.checkpoint_every)
 
-# %% ../nbs/19_moons.ipynb #7b707c06
+# %% ../nbs/19_moons.ipynb #b040cebb
 def sample_moons(
     score:Score, # a posterior score
     n:int, # points
@@ -226,7 +231,7 @@ def sample_moons(
     levels = VESchedule(preset.sigma_eval, preset.sigma_max).levels(preset.n_levels + 1)[:-1]
     return pc_sample(score, x, levels, noise, final=preset.sigma_eval)
 
-# %% ../nbs/19_moons.ipynb #2042a68d
+# %% ../nbs/19_moons.ipynb #3f539786
 ALPHA = 10.  # the paper's scaling
 
 
