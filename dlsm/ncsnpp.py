@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FourierFeatures', 'Resample', 'group_norm', 'ResBlock', 'NIN', 'Attention', 'PyramidDown', 'NCSNpp']
 
-# %% ../nbs/12a_ncsnpp.ipynb #3a209b5a
+# %% ../nbs/12a_ncsnpp.ipynb #5faf3b02
 import math
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .schedule import check_batch
 
-# %% ../nbs/12a_ncsnpp.ipynb #c52618cb
+# %% ../nbs/12a_ncsnpp.ipynb #c0adeed5
 class FourierFeatures(nn.Module):
     "Embed log σ by sines and cosines of fixed random frequencies: [B] -> [B, 2·n]."
     def __init__(self,
@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         angle = 2*math.pi*sigma.log()[:, None]*self.W
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-# %% ../nbs/12a_ncsnpp.ipynb #0ebe0a36
+# %% ../nbs/12a_ncsnpp.ipynb #18def098
 def _fir(gain:float=1.) -> Tensor:
     "Return the filter [1, 3, 3, 1] in both directions, summing to `gain`: [1, 1, 4, 4]."
     taps = torch.tensor([1., 3., 3., 1.])/8
@@ -50,7 +50,7 @@ class Resample(nn.Module):
         resample = F.conv_transpose2d if self.up else F.conv2d
         return resample(x, self.kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
 
-# %% ../nbs/12a_ncsnpp.ipynb #d49b3121
+# %% ../nbs/12a_ncsnpp.ipynb #0596758f
 def _init(layer:nn.Module, gain:float=1.) -> nn.Module:
     "Fill the weight with Glorot's uniform distribution of variance gain/fan-average, the bias with zeros."
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(max(gain, 1e-10)))
@@ -73,7 +73,7 @@ def group_norm(
     most = max(1, min(channels//4, 32))
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels%g == 0), channels, eps=1e-6)
 
-# %% ../nbs/12a_ncsnpp.ipynb #782c392a
+# %% ../nbs/12a_ncsnpp.ipynb #bc9f1e30
 class ResBlock(nn.Module):
     "BigGAN residual block with the embedding of σ: [B, c_in, H, W], [B, n_emb] -> [B, c_out, H', W']."
     def __init__(self,
@@ -98,7 +98,7 @@ class ResBlock(nn.Module):
         h = self.Conv_1(self.dropout(F.silu(self.GroupNorm_1(h))))
         return (self.Conv_2(self.resample(x)) + h)/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #96182088
+# %% ../nbs/12a_ncsnpp.ipynb #0477d9d8
 class NIN(nn.Module):
     "Dense layer over the last axis, with its weight stored as [in, out]."
     def __init__(self,
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(self.NIN_0(tokens), self.NIN_1(tokens), self.NIN_2(tokens))
         return (x + self.NIN_3(h)[:, 0].mT.unflatten(2, x.shape[2:]))/math.sqrt(2)
 
-# %% ../nbs/12a_ncsnpp.ipynb #9e865267
+# %% ../nbs/12a_ncsnpp.ipynb #ed18c27c
 class PyramidDown(nn.Module):
     "Filter by [1, 3, 3, 1], then convolve with stride 2: [B, c_in, H, W] -> [B, c_out, H/2, W/2]."
     def __init__(self,
@@ -142,88 +142,92 @@ class PyramidDown(nn.Module):
     def forward(self, x:Tensor) -> Tensor:
         return self.Conv2d_0(F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1]))
 
-# %% ../nbs/12a_ncsnpp.ipynb #f431f98f
+# %% ../nbs/12a_ncsnpp.ipynb #a281c0f8
+def _unet_modules(channels:int, nf:int, ch_mult:tuple, num_res_blocks:int, attends:list, dropout:float) -> list:
+    "List the modules from the stem to the head, in the published order."
+    block = partial(ResBlock, n_emb=4*nf, dropout=dropout)
+    modules, width, c_pyramid, skips = [_conv(channels, nf)], nf, channels, [nf]
+    for level, mult in enumerate(ch_mult):                                   # down
+        for _ in range(num_res_blocks):
+            modules.append(block(width, mult*nf))
+            width = mult*nf
+            if attends[level]: modules.append(Attention(width))
+            skips.append(width)
+        if level < len(ch_mult) - 1:
+            modules += [block(width, width, resample="down"), PyramidDown(c_pyramid, width)]
+            c_pyramid = width
+            skips.append(width)
+    modules += [block(width, width), Attention(width), block(width, width)]  # bottom
+    for level, mult in reversed(list(enumerate(ch_mult))):                   # up
+        for _ in range(num_res_blocks + 1):
+            modules.append(block(width + skips.pop(), mult*nf))
+            width = mult*nf
+        if attends[level]: modules.append(Attention(width))
+        if level: modules.append(block(width, width, resample="up"))
+    return modules + [group_norm(width), _conv(width, channels, gain=0)]     # head
+
+# %% ../nbs/12a_ncsnpp.ipynb #c992b90b
+def _unet_forward(modules:list, num_res_blocks:int, attends:list, x:Tensor, emb:Tensor) -> Tensor:
+    "Run the modules of `_unet_modules` on the input `x` and the embedding `emb`."
+    step = iter(modules)
+    h, pyramid = next(step)(x), x
+    skips = [h]
+    for level, attention in enumerate(attends):                              # down
+        for _ in range(num_res_blocks):
+            h = next(step)(h, emb)
+            if attention: h = next(step)(h)
+            skips.append(h)
+        if level < len(attends) - 1:
+            h = next(step)(h, emb)
+            h = pyramid = (next(step)(pyramid) + h)/math.sqrt(2)
+            skips.append(h)
+    h = next(step)(h, emb)                                                   # bottom
+    h = next(step)(h)
+    h = next(step)(h, emb)
+    for level, attention in reversed(list(enumerate(attends))):              # up
+        for _ in range(num_res_blocks + 1): h = next(step)(torch.cat([h, skips.pop()], dim=1), emb)
+        if attention: h = next(step)(h)
+        if level: h = next(step)(h, emb)
+    norm, head = step                                                        # head
+    return head(F.silu(norm(h)))
+
+# %% ../nbs/12a_ncsnpp.ipynb #bb769de2
 class NCSNpp(nn.Module):
     "NCSN++ (continuous) of Song et al. 2021: a `Score` for images in [0, 1], with the published tensor names."
     def __init__(self,
-        channels:int=3,            # image channels
-        image_size:int=32,         # height and width in pixels, divisible by 2^(levels − 1)
-        nf:int=128,                # width: channels of the first level
+        channels:int=3,              # image channels
+        image_size:int=32,           # height and width in pixels, divisible by 2^(levels − 1)
+        nf:int=128,                  # width: channels of the first level
         ch_mult:tuple=(1, 2, 2, 2),  # width of each level, times nf
-        num_res_blocks:int=8,      # residual blocks a level (one more on the way up)
-        dropout:float=0.1,         # dropout inside the residual blocks
+        num_res_blocks:int=8,        # residual blocks a level (one more on the way up)
+        dropout:float=0.1,           # dropout inside the residual blocks
         attn_resolutions:tuple=(16,),  # sizes of the maps with attention; the bottom always has it
-        fourier_scale:float=16.,   # standard deviation of the frequencies that embed log σ
-        raw:bool=False,            # True: neither 2x − 1 at the input nor 1/σ at the output
+        fourier_scale:float=16.,     # standard deviation of the frequencies that embed log σ
+        raw:bool=False,              # True: neither 2x − 1 at the input nor 1/σ at the output
     ):
         super().__init__()
-        levels = len(ch_mult)
-        if levels < 1 or min(channels, nf, num_res_blocks, *ch_mult) < 1:
-            raise ValueError(f"channels={channels}, nf={nf}, ch_mult={tuple(ch_mult)}, num_res_blocks={num_res_blocks}: "
-                             "all must be at least 1")
-        if image_size < 1 or image_size % 2**(levels - 1):
-            raise ValueError(f"image_size={image_size} cannot be halved {levels - 1} times: use a multiple of {2**(levels - 1)}, "
-                             f"or fewer than {levels} levels in ch_mult")
-        self.channels, self.image_size, self.num_res_blocks, self.raw = channels, image_size, num_res_blocks, raw
-        self.attends = [image_size//2**level in attn_resolutions for level in range(levels)]
+        sizes = [image_size//2**level for level in range(len(ch_mult))]
+        if min(channels, nf, num_res_blocks, *ch_mult, len(ch_mult)) < 1:
+            raise ValueError(f"{channels=}, {nf=}, {ch_mult=}, {num_res_blocks=}: all must be at least 1")
+        if image_size < 1 or sizes[-1]*2**(len(sizes) - 1) != image_size:
+            raise ValueError(f"image_size={image_size} cannot be halved {len(sizes) - 1} times: use a multiple of {2**(len(sizes) - 1)}, "
+                             f"or fewer than {len(sizes)} levels in ch_mult")
+        self.shape, self.num_res_blocks, self.raw = (channels, image_size, image_size), num_res_blocks, raw
+        self.attends = [size in attn_resolutions for size in sizes]
+        embedding = [FourierFeatures(nf, fourier_scale), _dense(2*nf, 4*nf), _dense(4*nf, 4*nf)]
+        self.all_modules = nn.ModuleList(embedding + _unet_modules(channels, nf, ch_mult, num_res_blocks, self.attends, dropout))
         # 1,000 levels from 50 down to 0.01: unused, but the published state dicts hold them
         self.register_buffer("sigmas", torch.linspace(math.log(50), math.log(0.01), 1000, dtype=torch.float64).exp().float())
-
-        n_emb, width, skips = 4*nf, nf, [nf]
-        block = partial(ResBlock, n_emb=n_emb, dropout=dropout)
-        modules = [FourierFeatures(nf, fourier_scale), _dense(2*nf, n_emb), _dense(n_emb, n_emb), _conv(channels, nf)]
-        c_pyramid = channels
-        for level, mult in enumerate(ch_mult):                               # down
-            for _ in range(num_res_blocks):
-                modules.append(block(width, mult*nf))
-                width = mult*nf
-                if self.attends[level]: modules.append(Attention(width))
-                skips.append(width)
-            if level < levels - 1:
-                modules += [block(width, width, resample="down"), PyramidDown(c_pyramid, width)]
-                c_pyramid = width
-                skips.append(width)
-        modules += [block(width, width), Attention(width), block(width, width)]  # bottom
-        for level, mult in reversed(list(enumerate(ch_mult))):               # up
-            for _ in range(num_res_blocks + 1):
-                modules.append(block(width + skips.pop(), mult*nf))
-                width = mult*nf
-            if self.attends[level]: modules.append(Attention(width))
-            if level: modules.append(block(width, width, resample="up"))
-        modules += [group_norm(width), _conv(width, channels, gain=0)]       # head
-        self.all_modules = nn.ModuleList(modules)
 
     def forward(self,
         x:Tensor,     # noisy images [B, channels, image_size, image_size]
         sigma:Tensor, # noise levels [B]
     ) -> Tensor: # score, like x
         "Return the score of the noisy images, ∇ log p_σ(x)."
-        size = (self.channels, self.image_size, self.image_size)
-        if x.shape[1:] != size: raise ValueError(f"x has shape {tuple(x.shape)}: this net takes [B, {', '.join(map(str, size))}]")
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}: this net takes [B, {', '.join(map(str, self.shape))}]")
         check_batch(x, sigma, name="x")
-        modules = iter(self.all_modules)
-        fourier, dense_0, dense_1, stem = (next(modules) for _ in range(4))
+        fourier, dense_0, dense_1, *modules = self.all_modules
         emb = dense_1(F.silu(dense_0(fourier(sigma))))
-        pyramid = x if self.raw else 2*x - 1
-        h = stem(pyramid)
-        skips = [h]
-        for level, attends in enumerate(self.attends):                       # down
-            for _ in range(self.num_res_blocks):
-                h = next(modules)(h, emb)
-                if attends: h = next(modules)(h)
-                skips.append(h)
-            if level < len(self.attends) - 1:
-                h = next(modules)(h, emb)
-                h = pyramid = (next(modules)(pyramid) + h)/math.sqrt(2)
-                skips.append(h)
-        h = next(modules)(h, emb)                                            # bottom
-        h = next(modules)(h)
-        h = next(modules)(h, emb)
-        for level, attends in reversed(list(enumerate(self.attends))):       # up
-            for _ in range(self.num_res_blocks + 1):
-                h = next(modules)(torch.cat([h, skips.pop()], dim=1), emb)
-            if attends: h = next(modules)(h)
-            if level: h = next(modules)(h, emb)
-        norm, head = modules
-        h = head(F.silu(norm(h)))
+        h = _unet_forward(modules, self.num_res_blocks, self.attends, x if self.raw else 2*x - 1, emb)
         return h if self.raw else h/sigma[:, None, None, None]
