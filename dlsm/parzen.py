@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'BUDGET', 'parzen_score', 'parzen_log_density', 'parzen_classifier']
 
-# %% ../nbs/00_parzen.ipynb #35c0907f
+# %% ../nbs/00_parzen.ipynb #b1088b92
 import math
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .schedule import check_batch
 
-# %% ../nbs/00_parzen.ipynb #c7913690
+# %% ../nbs/00_parzen.ipynb #ef02c44a
 FEW = 16  # up to so many dimensions the coordinates are gone through one by one
 
 
@@ -39,7 +39,7 @@ def _log_kernels(
     highest = log_kernel.amax(1)  # 0, but where rounding chose a point that is not quite the nearest
     return log_kernel.sub_(highest[:, None]), highest + factor * (query - nearest).square().sum(1)
 
-# %% ../nbs/00_parzen.ipynb #7d6507f3
+# %% ../nbs/00_parzen.ipynb #1b7a256f
 BUDGET = 2**18  # kernel values held at once on a CPU, 8 bytes each; 64 times as many on a GPU
 
 
@@ -64,7 +64,7 @@ def _moments(
         mean[part] = kernel @ data / total[:, None]
     return log_sum, mean
 
-# %% ../nbs/00_parzen.ipynb #aedbaa4e
+# %% ../nbs/00_parzen.ipynb #c99325b8
 def _prepare(
     data:Tensor, # [M, …]
 )->tuple[Tensor, Tensor]: # centred data [M, D] in float64, and the centre [D]
@@ -84,10 +84,11 @@ def _flatten(
     "Check a query against the oracle's data and bring it into the oracle's coordinates."
     check_batch(x_noisy, sigma)
     if x_noisy.shape[1:] != data.shape[1:]:
-        raise ValueError(f"x_noisy has shape {tuple(x_noisy.shape)}; expected (B, {', '.join(map(str, data.shape[1:]))}) like data {tuple(data.shape)}")
+        dims = ", ".join(map(str, data.shape[1:]))
+        raise ValueError(f"x_noisy has shape {tuple(x_noisy.shape)}; expected (B, {dims}) like data {tuple(data.shape)}")
     return x_noisy.flatten(1).double() - centre
 
-# %% ../nbs/00_parzen.ipynb #8d9d9181
+# %% ../nbs/00_parzen.ipynb #c69b60d7
 def parzen_score(
     data:Tensor, # the points or images that the kernels sit on [M, …]
 )->Callable[[Tensor, Tensor], Tensor]: # a `Score`: (x_noisy [B, …], sigma [B]) -> [B, …]
@@ -105,7 +106,7 @@ def parzen_score(
         return ((mean - query) / sigma.double()[:, None].square()).reshape(x_noisy.shape).to(x_noisy.dtype)
     return score
 
-# %% ../nbs/00_parzen.ipynb #d8978122
+# %% ../nbs/00_parzen.ipynb #c77277bc
 class _LogSums(torch.autograd.Function):
     "Log kernel sums of several groups of data; the gradient of each is its exact Parzen score, so the backward pass stores no kernel."
 
@@ -143,7 +144,7 @@ def parzen_log_density(
         return (log_sum - norm).to(x_noisy.dtype)
     return log_density
 
-# %% ../nbs/00_parzen.ipynb #1da1696c
+# %% ../nbs/00_parzen.ipynb #f7752865
 def parzen_classifier(
     data:Tensor, # the points or images that the kernels sit on [M, …]
     y:Tensor, # their labels [M], integers
@@ -151,7 +152,8 @@ def parzen_classifier(
 )->Callable[[Tensor, Tensor], Tensor]: # a `Classifier`: (x_noisy [B, …], sigma [B]) -> log p_σ(y|x̃) [B, K]
     """Give the exact classifier of the Parzen densities: logits that are log p_σ(y|x̃), by Bayes' rule from the classes' densities.
 
-    Differentiable in `x_noisy` (once, also under `torch.func`): the gradient is the exact likelihood score. Classes weigh as many points as they have.
+    Differentiable in `x_noisy` (once, also under `torch.func`): the gradient is the exact likelihood score. Each class weighs as
+    much as it has points.
     Raises `ValueError` as `parzen_score` does, for labels out of range and for a class without points.
     """
     points, centre = _prepare(data)
