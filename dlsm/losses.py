@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ce_loss', 'elsm_loss', 'dlsm_loss', 'total_loss']
 
-# %% ../nbs/03_dlsm.ipynb #fc1fd88f
+# %% ../nbs/03_dlsm.ipynb #b3405f9f
 from typing import Literal
 
 import torch
@@ -13,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dsm import Score, perturb, weighted_error
-from .guidance import Classifier, likelihood_score, likelihood_score_and_logits, prior_score
+from .guidance import Classifier, check_logits, likelihood_score, likelihood_score_and_logits, prior_score
 from .schedule import check_batch, expand
 
-# %% ../nbs/03_dlsm.ipynb #8e4faa1e
+# %% ../nbs/03_dlsm.ipynb #7801629d
 def ce_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
     sigma:Tensor, # noise levels [B]
     y:Tensor, # labels [B], integers
 )->Tensor: # −log p(y|x̃) per item [B], in nats
-    "Compute the cross-entropy −log p(y|x̃; θ) (the paper's L_CE)."
+    """Compute the cross-entropy −log p(y|x̃; θ) (the paper's L_CE).
+
+    Raises `ValueError` for mismatched shapes, levels that are not positive and labels out of range.
+    """
+    check_batch(x_noisy, sigma, y)
     logits = classifier(x_noisy, sigma)
-    check_batch(x_noisy, sigma, y, logits.shape[-1])
+    check_logits(logits, x_noisy, sigma, y)
     return F.cross_entropy(logits, y, reduction="none")
 
-# %% ../nbs/03_dlsm.ipynb #b0e35da0
+# %% ../nbs/03_dlsm.ipynb #b584a1b1
 def elsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     oracle:Classifier, # the exact p_σ(y|x̃) as logits, such as `parzen_classifier`
@@ -45,7 +49,7 @@ def elsm_loss(
     residual = likelihood_score(classifier, x_noisy, sigma, y, create_graph=True) - likelihood_score(oracle, x_noisy, sigma, y)
     return weighted_error(residual, sigma, power, reduce)
 
-# %% ../nbs/03_dlsm.ipynb #23efe6ad
+# %% ../nbs/03_dlsm.ipynb #5e9cc59b
 def dlsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     score:Score, # the prior score: the oracle's for L_DLSM, the frozen model s(x̃; φ) for L_DLSM′

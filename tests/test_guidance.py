@@ -1,0 +1,137 @@
+"""Likelihood and posterior scores: exact on the oracle, per item, in any shape, without a graph unless one is asked for; and what is refused."""
+import pytest
+import torch
+from torch import nn
+
+from dlsm.guidance import likelihood_score, posterior_score, prior_score
+from dlsm.networks import Ensemble, MLPClassifier, seeded
+from dlsm.parzen import parzen_classifier, parzen_score
+
+B = 6
+
+
+@pytest.fixture(params=[(2,), (3, 4, 4)], ids=["points", "images"])
+def batch(request):
+    "Noisy items, levels, labels of three classes, and the data they come from, in float64."
+    g = torch.Generator().manual_seed(0)
+    data, classes = torch.randn(30, *request.param, generator=g, dtype=torch.float64), torch.arange(30) % 3
+    x_noisy = data[:B] + torch.randn(B, *request.param, generator=g, dtype=torch.float64)
+    return x_noisy, torch.linspace(0.3, 3., B, dtype=torch.float64), torch.arange(B) % 3, data, classes
+
+
+def linear(x, n_classes=3, seed=1):
+    "A classifier W·x/σ + b, whose likelihood score is known."
+    w = torch.randn(n_classes, x[0].numel(), generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    return w, lambda x, sigma: x.flatten(1) @ w.T / sigma[:, None] + torch.arange(n_classes, dtype=x.dtype)
+
+
+def test_closed_form(batch):
+    x, sigma, y, *_ = batch
+    w, classifier = linear(x)
+    p = classifier(x, sigma).softmax(1)
+    expected = ((w[y] - p @ w) / sigma[:, None]).reshape(x.shape)
+    assert torch.allclose(likelihood_score(classifier, x, sigma, y), expected, atol=1e-12)
+
+
+def test_bayes_rule_is_exact_on_the_oracle(batch):
+    x, sigma, y, data, classes = batch
+    guided = posterior_score(parzen_score(data), parzen_classifier(data, classes, 3), y)(x, sigma)
+    for c in range(3):
+        exact = parzen_score(data[classes == c])(x, sigma)
+        assert torch.allclose(guided[y == c], exact[y == c], rtol=1e-10, atol=1e-10)
+        assert torch.allclose(posterior_score(parzen_score(data), parzen_classifier(data, classes, 3), c)(x, sigma), exact, rtol=1e-10, atol=1e-10)
+
+
+def test_scales_and_labels_are_per_item(batch):
+    x, sigma, y, *_ = batch
+    _, classifier = linear(x)
+    def score(x, sigma): return -x
+    alpha = torch.arange(B, dtype=x.dtype)
+    got = posterior_score(score, classifier, y, alpha)(x, sigma)
+    for i in range(B):
+        alone = posterior_score(score, classifier, int(y[i]), float(alpha[i]))(x[i:i + 1], sigma[i:i + 1])
+        assert torch.allclose(got[i:i + 1], alone, atol=1e-12)
+    assert torch.equal(got[0], -x[0])  # α = 0: the prior alone
+    assert torch.equal(posterior_score(score, classifier, y, torch.tensor(2.))(x, sigma), posterior_score(score, classifier, y, 2.)(x, sigma))
+
+
+@pytest.mark.parametrize("classifier", [lambda x, s: torch.tensor([1., -2.]).expand(len(x), 2), lambda x, s: torch.stack([s, -s], 1)])
+def test_no_dependence_on_the_input_is_a_zero_score(classifier):
+    x, sigma, y = torch.randn(B, 2), torch.ones(B), torch.arange(B) % 2
+    for create_graph in (False, True):
+        assert torch.equal(likelihood_score(classifier, x, sigma, y, create_graph), torch.zeros(B, 2))
+
+
+def test_gradient_survives_where_the_probability_underflows():
+    x, sigma, y = torch.full((1, 2), 1e4), torch.ones(1), torch.zeros(1, dtype=torch.long)
+    got = likelihood_score(lambda x, s: torch.stack([0 * x[:, 0], x[:, 0]], 1), x, sigma, y)
+    assert torch.equal(got, torch.tensor([[-1., 0.]]))
+    half = likelihood_score(lambda x, s: torch.stack([0 * x[:, 0], x[:, 0]], 1).bfloat16(), torch.full((1, 2), 20.), sigma, y)
+    assert half.dtype == torch.float32 and torch.allclose(half, torch.tensor([[-1., 0.]]))
+
+
+def test_no_graph_is_kept():
+    net = MLPClassifier()
+    x, sigma, y = torch.randn(B, 2, requires_grad=True), torch.ones(B), torch.arange(B) % 2
+    assert not likelihood_score(net, x, sigma, y).requires_grad
+    def score(x, sigma): return x * net.out.weight[0, 0]
+    assert not prior_score(score, x, sigma).requires_grad
+    assert not posterior_score(score, net, y)(x, sigma).requires_grad
+    assert x.grad is None and all(p.grad is None for p in net.parameters())
+    with torch.no_grad(): assert likelihood_score(net, x, sigma, y).abs().sum() > 0
+
+
+def test_double_backward_against_finite_differences():
+    net = seeded(lambda: MLPClassifier(widths=(8, 8), sigma_widths=(4,), joint=8, activation=nn.SiLU).double(), 0)
+    g = torch.Generator().manual_seed(1)
+    x, sigma, y = torch.randn(B, 2, generator=g, dtype=torch.float64), torch.ones(B, dtype=torch.float64), torch.arange(B) % 2
+    def value(): return likelihood_score(net, x, sigma, y, create_graph=True).square().sum()
+    for w, grad in zip(net.parameters(), torch.autograd.grad(value(), list(net.parameters()), materialize_grads=True)):
+        ends = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad(): w.view(-1)[0] += step
+            ends.append(value().item())
+        with torch.no_grad(): w.view(-1)[0] += 1e-5
+        assert abs((ends[0] - ends[1]) / 2e-5 - grad.view(-1)[0].item()) < 1e-7
+
+
+def test_inside_vmap():
+    nets = [seeded(MLPClassifier, s) for s in range(3)]
+    g = torch.Generator().manual_seed(2)
+    x, sigma, y = torch.randn(3, B, 2, generator=g), torch.rand(3, B, generator=g) + 0.1, torch.randint(2, (3, B), generator=g)
+    together = Ensemble(nets).map(lambda net, x, s, y: likelihood_score(net, x, s, y), x, sigma, y)
+    for i, net in enumerate(nets): assert torch.allclose(together[i], likelihood_score(net, x[i], sigma[i], y[i]), atol=1e-6)
+
+
+X, S, Y = torch.randn(B, 2), torch.ones(B), torch.zeros(B, dtype=torch.long)
+def two(x, sigma): return x[:, :2]
+
+
+@pytest.mark.parametrize("args, says", [
+    ((two, X, 0 * S, Y), r"sigma \(6,\)"),
+    ((two, X, -S, Y), r"sigma \(6,\)"),
+    ((two, X, S * float("nan"), Y), r"sigma \(6,\)"),
+    ((two, X, S[:2], Y), r"sigma has shape \(2,\)"),
+    ((two, X, S[:, None], Y), r"sigma has shape \(6, 1\)"),
+    ((two, X[:, 0], S, Y), r"x_noisy has shape \(6,\)"),
+    ((two, X, S, Y[:2]), r"y has shape \(2,\)"),
+    ((two, X, S, Y + 2), r"y \(6,\) has labels outside 0…1"),
+    ((two, X, S, Y - 1), r"y \(6,\) has labels outside 0…1"),
+    ((two, X, S, Y.float()), r"y \(6,\) has dtype torch.float32"),
+    ((lambda x, s: x[:, 0], X, S, Y), r"classifier gave logits of shape \(6,\)"),
+    ((lambda x, s: x[:3], X, S, Y), r"classifier gave logits of shape \(3, 2\)"),
+])
+def test_bad_input(args, says):
+    with pytest.raises(ValueError, match=says): likelihood_score(*args)
+    classifier, x, sigma, y = args
+    with pytest.raises(ValueError, match=says): posterior_score(lambda x, s: torch.zeros_like(x), classifier, y)(x, sigma)
+
+
+@pytest.mark.parametrize("score, y, scale, says", [
+    (lambda x, s: -x, 2, 1., r"y \(6,\) has labels outside 0…1"),
+    (lambda x, s: -x, 0, torch.ones(3), r"scale has shape \(3,\)"),
+    (lambda x, s: -x, 0, torch.ones(6, 1), r"scale has shape \(6, 1\)"),
+    (lambda x, s: -x[:, :1], 0, 1., r"score gave shape \(6, 1\)"),
+])
+def test_bad_guidance(score, y, scale, says):
+    with pytest.raises(ValueError, match=says): posterior_score(score, two, y, scale)(X, S)

@@ -1,0 +1,96 @@
+"""The networks for points, and many of them as one."""
+import pytest
+import torch
+from torch import nn
+
+from dlsm.guidance import likelihood_score
+from dlsm.networks import Ensemble, MLPClassifier, MLPScore, seeded
+
+JOINT = dict(widths=(16, 8), sigma_widths=(8,), joint=12, scale=15., log_sigma=True, activation=nn.SiLU)
+
+
+def test_the_papers_layers():
+    score, classifier = MLPScore(), MLPClassifier()
+    shapes = [tuple(w.shape) for w in score.state_dict().values() if w.ndim == 2]
+    assert shapes == [(256, 2), (128, 256), (64, 128), (64, 1), (32, 64), (16, 32), (2, 80)]
+    assert [w.shape for w in classifier.parameters()] == [w.shape for w in score.parameters()]
+    assert [type(m) for m in score.x_branch] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]  # none after the last
+
+
+@pytest.mark.parametrize("options", [{}, JOINT, {"activation": nn.SiLU, "scale": 2.}])
+def test_shapes_and_dtype(options):
+    for dtype in (torch.float32, torch.float64):
+        x, sigma = torch.randn(7, 3, dtype=dtype), torch.rand(7, dtype=dtype) + 0.1
+        assert MLPScore(3, **options).to(dtype)(x, sigma).shape == (7, 3)
+        logits = MLPClassifier(3, n_classes=5, **options).to(dtype)(x, sigma)
+        assert logits.shape == (7, 5) and logits.dtype == dtype
+
+
+def test_items_do_not_depend_on_each_other():
+    net = seeded(lambda: MLPScore(**JOINT), 0)
+    x, sigma = torch.randn(7, 2), torch.rand(7) + 0.1
+    assert torch.allclose(net(x, sigma)[2:3], net(x[2:3], sigma[2:3]), atol=1e-6)
+
+
+def test_scale_and_log_sigma():
+    plain, scaled = (seeded(lambda o=o: MLPScore(**o), 0) for o in ({}, {"scale": 4., "log_sigma": True}))
+    x, sigma = torch.randn(7, 2), torch.rand(7) + 0.1
+    assert torch.allclose(scaled(x, sigma), plain(x / 4, sigma.log() / 4), atol=1e-6)
+
+
+@pytest.mark.parametrize("joint", [0, 12])
+def test_only_a_joint_layer_lets_the_gradient_depend_on_sigma(joint):
+    net = seeded(lambda: MLPClassifier(joint=joint), 0)
+    x, first = 10 * torch.randn(32, 2), torch.zeros(32, dtype=torch.long)
+    def slope(sigma): # of the log-odds
+        level = torch.full((32,), sigma)
+        return likelihood_score(net, x, level, first) - likelihood_score(net, x, level, 1 - first)
+    change = (slope(1e-3) - slope(10.)).norm() / slope(10.).norm()
+    assert change > 1e-2 if joint else change < 1e-5
+
+
+def test_seeded():
+    before = torch.get_rng_state()
+    a, b, c = (seeded(MLPScore, s) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.out.weight, c.out.weight)
+
+
+@pytest.mark.parametrize("options", [{}, JOINT])
+def test_ensemble_equals_its_members(options):
+    nets = [seeded(lambda: MLPClassifier(**options), s) for s in range(3)]
+    ensemble = Ensemble(nets)
+    x, sigma = torch.randn(3, 7, 2), torch.rand(3, 7) + 0.1
+    together = ensemble(x, sigma)
+    assert len(ensemble) == 3 and together.shape == (3, 7, 2)
+    for i, net in enumerate(nets):
+        assert torch.allclose(together[i], net(x[i], sigma[i]), atol=1e-6)
+        assert torch.allclose(ensemble.member(i)(x[i], sigma[i]), net(x[i], sigma[i]), atol=1e-6)
+
+
+def test_ensemble_holds_its_own_weights():
+    nets = [seeded(MLPScore, s) for s in range(2)]
+    ensemble = Ensemble(nets)
+    x, sigma = torch.randn(2, 5, 2), torch.ones(2, 5)
+    before = ensemble(x, sigma)
+    with torch.no_grad(): nets[0].out.weight.zero_()
+    assert torch.equal(ensemble(x, sigma), before)
+    assert sum(p.numel() for p in ensemble.parameters()) == 2 * sum(p.numel() for p in nets[0].parameters())
+
+
+def test_ensemble_gradients_stay_apart():
+    ensemble = Ensemble([seeded(MLPScore, s) for s in range(2)])
+    ensemble(torch.randn(2, 5, 2), torch.ones(2, 5))[0].sum().backward()
+    assert all(p.grad[1].abs().max() == 0 for p in ensemble.parameters()) and any(p.grad[0].abs().max() > 0 for p in ensemble.parameters())
+
+
+def test_ensemble_state_round_trip():
+    one, other = (Ensemble([seeded(MLPScore, s + k) for s in range(2)]) for k in (0, 10))
+    other.load_state_dict(one.state_dict())
+    x, sigma = torch.randn(2, 5, 2), torch.ones(2, 5)
+    assert torch.equal(one(x, sigma), other(x, sigma))
+
+
+def test_ensemble_refuses_buffers():
+    with pytest.raises(ValueError, match="buffers"): Ensemble([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
