@@ -6,7 +6,7 @@
 __all__ = ['find_root', 'run_dir', 'figure_dir', 'need', 'atomic_path', 'atomic_write', 'sha256', 'provenance', 'paper',
            'save_result', 'list_results', 'load_result', 'progress']
 
-# %% ../nbs/17_runs.ipynb #4f845f10
+# %% ../nbs/17_runs.ipynb #94f166a9
 import configparser
 import datetime
 import errno
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from .presets import ParameterError, check_parameters, pick_device  # noqa: F401  a notebook finds all it needs here
 
-# %% ../nbs/17_runs.ipynb #65db379a
+# %% ../nbs/17_runs.ipynb #7abea17d
 def find_root(
     start:str|Path|None=None, # where to look from; None: the current directory
 ) -> Path: # the repository's root
@@ -53,7 +53,7 @@ def find_root(
     raise FileNotFoundError(f"no settings.ini with lib_name = dlsm in {here} or above: work inside a clone of the repository, "
                             "or set DLSM_ROOT to the folder that shall hold runs/ and figures/")
 
-# %% ../nbs/17_runs.ipynb #22bee0eb
+# %% ../nbs/17_runs.ipynb #ad34afc7
 def run_dir(
     dataset:str, # moons, digits, cifar10 or cifar100
     preset:str,  # the preset's name
@@ -66,15 +66,15 @@ def run_dir(
 
 
 def figure_dir(
-    dataset:str,           # moons, digits, cifar10 or cifar100
+    dataset:str|None,      # moons, digits, cifar10 or cifar100; None: the folder above them, for what is about all of them
     preset:str|None=None,  # the preset's name; None: the result depends on no preset
 ) -> Path: # the folder; `save_result` makes it
     "Return the folder for figures and tables."
     above = ["runs", "smoke"] if preset == "smoke" else []
     below = [] if preset in (None, "demo", "smoke") else [preset]
-    return find_root().joinpath(*above, "figures", dataset, *below)
+    return find_root().joinpath(*above, "figures", dataset or "", *below)
 
-# %% ../nbs/17_runs.ipynb #d86b3bf7
+# %% ../nbs/17_runs.ipynb #77f16208
 def need(
     path:str|Path, # a file that an earlier notebook writes
     notebook:str,  # that notebook's name, such as 04_moons
@@ -88,7 +88,7 @@ def need(
     given = "".join(f" -p {name} {value}" for name, value in parameters.items())
     raise FileNotFoundError(f"{shown.as_posix()} is missing: run `papermill nbs/{notebook}.ipynb out.ipynb -k python3{given}` first")
 
-# %% ../nbs/17_runs.ipynb #35a86895
+# %% ../nbs/17_runs.ipynb #7af135bf
 def _alive(pid:int) -> bool:
     "Tell whether process `pid` runs on this machine."
     try: os.kill(pid, 0)
@@ -135,7 +135,7 @@ def sha256(
     "Return the SHA-256 of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/17_runs.ipynb #50d8c2b4
+# %% ../nbs/17_runs.ipynb #e70d38cf
 _PACKAGES = ("dlsm", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "matplotlib")
 
 
@@ -171,7 +171,7 @@ def provenance(
         "wall_seconds": round(time.time() - started, 2),
         "inputs": {(f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name): sha256(f) for f in files}}
 
-# %% ../nbs/17_runs.ipynb #00781bce
+# %% ../nbs/17_runs.ipynb #066c4104
 def paper(
     *keys:str, # the way down, such as "table1", "D_L", "base"
 ) -> Any: # a number, a list or a dict
@@ -184,7 +184,7 @@ def paper(
         found = found[key]
     return found
 
-# %% ../nbs/17_runs.ipynb #57d8ab88
+# %% ../nbs/17_runs.ipynb #deff016c
 def _plain(value:Any, where:str) -> Any:
     "Turn arrays and tensors into lists, and refuse what JSON cannot hold."
     if isinstance(value, dict): return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
@@ -200,7 +200,7 @@ def save_result(
     values:dict,                   # what was measured; arrays and tensors become lists
     *,
     preset:Any,                    # the preset (a dataclass with a `name`); None: the result depends on none
-    dataset:str,                   # moons, digits, cifar10 or cifar100
+    dataset:str|None,              # moons, digits, cifar10 or cifar100; None: all of them
     seeds:Iterable[int],           # seeds that were used
     device:torch.device|str,       # where it was computed
     started:float,                 # `time.time()` at the beginning
@@ -226,7 +226,7 @@ def save_result(
     if table is not None: atomic_write(target.with_suffix(".md"), table.rstrip() + "\n")
     return atomic_write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/17_runs.ipynb #20ece62a
+# %% ../nbs/17_runs.ipynb #520841dc
 def list_results(
     preset:str|None=None, # smoke: the smoke run's; anything else: what figures/ holds
 ) -> list[Path]: # the JSON files, sorted
@@ -237,7 +237,7 @@ def list_results(
 
 def load_result(
     id:str,                # fig1, table1, …
-    dataset:str,           # moons, digits, cifar10 or cifar100
+    dataset:str|None,      # moons, digits, cifar10 or cifar100; None: all of them
     preset:str|None=None,  # the preset's name; None or demo: the committed one
 ) -> dict: # what `save_result` wrote
     "Load a result. Raises `FileNotFoundError` with the results there are."
@@ -247,7 +247,7 @@ def load_result(
     there = ", ".join(map(shown, list_results(preset))) or "none"
     raise FileNotFoundError(f"{shown(path)} is missing: run its notebook (see the Snakefile) first; results there are: {there}")
 
-# %% ../nbs/17_runs.ipynb #4b63a4d9
+# %% ../nbs/17_runs.ipynb #999989fe
 def progress(
     steps:Iterable,       # what to go through
     title:str="",         # what is being done
