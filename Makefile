@@ -28,7 +28,7 @@ export: .venv/.ready ## write dlsm/ from the notebooks, and clean the notebooks
 	@.venv/bin/nbdev_export && .venv/bin/nbdev_clean
 
 readme: .venv/.ready ## write README.md from nbs/index.ipynb
-	@$(python) -m jupyter nbconvert --to markdown --log-level WARN --output-dir . --output README nbs/index.ipynb
+	@$(python) -m jupyter nbconvert --config nbs/readme.py
 
 lock: .venv/.ready ## choose new versions of all requirements
 	@$(python) -m uv pip compile setup.py --all-extras --universal --python-version 3.11 --upgrade --quiet \

@@ -67,8 +67,7 @@ def test_notebooks_are_clean(copy):
 def test_readme_is_the_index(copy):
     if not (copy/"nbs/index.ipynb").exists(): pytest.skip("no index yet")
     before = (copy/"README.md").read_text(encoding="utf-8")
-    convert = "jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb"
-    run(convert.split(), copy)
+    run(["jupyter", "nbconvert", "--config", "nbs/readme.py"], copy)
     assert before == (copy/"README.md").read_text(encoding="utf-8"), "run `make readme`: README.md differs from nbs/index.ipynb"
 
 

@@ -1,0 +1,217 @@
+"""The report: rules of verdicts, missing results, and numbers that come from the results and from nowhere else."""
+import json
+import re
+import subprocess
+
+import numpy as np
+import papermill
+import pytest
+
+from dlsm.plots import METHOD_NAMES
+from dlsm.report import ITEMS, TABLE1_CLAIMS, others, rows, status_table
+from dlsm.runs import atomic_write, load_result, paper, sha256
+from dlsm.verdicts import VERDICTS, Claim, exists, markdown_table, number, read_results, verdict
+
+MADE = {"dataset": "moons", "preset": {"name": "demo", "score_net": "preconditioned"}, "seeds": [0, 1], "device": "CPU",
+        "wall_seconds": 75., "versions": {"torch": "2.15.0"}, "commit": "0123456789", "dirty": False, "time": "2026-01-01T00:00:00+00:00",
+        "inputs": {}, "title": "made up", "path": "figures/made_up.json"}
+METHODS = ("base", "scaling", "posterior_sm", "dlsm", "oracle")
+
+
+def table1():
+    "A Table 1 that is the printed one; with the joint network, errors are half as large."
+    printed = {what: paper("table1", what) for what in ("D_P", "D_L", "precision", "recall")}
+    def block(factor):
+        return {what: {m: p and [(np.array(p) * (factor if what in ("D_P", "D_L") else 1)).tolist(), [0., 0.]] for m, p in row.items()}
+                for what, row in printed.items()}
+    return MADE | {"id": "table1", "paper": printed,
+                   "values": {"zero_score_D_L": [0.15, 0.15], "mean_and_sd": {"paper": block(1.), "joint": block(0.5)}}}
+
+
+def fig5():
+    printed = paper("fig5_final_values")
+    final = {what: {"ce": p["ce"], "dlsm_prime": p["dlsm"], "total": p["total"]}
+             for what, p in (("d_l", printed["score_error_D_L"]), ("ce", printed["cross_entropy"]))}
+    return MADE | {"id": "fig5", "paper": printed,
+                   "values": {"final": {"paper": final}, "lowest_D_L_under_ce": {"paper": 0.125}, "steps": {"paper": [0, 1234]}}}
+
+
+def fig1(worst=0.99):
+    return MADE | {"id": "fig1", "paper": None, "values": {"oracle_precision_recall": [{"precision": 1., "recall": worst}] * 2}}
+
+
+def put(home, *results, folder="figures"):
+    for r in results: atomic_write(home/folder/r["dataset"]/f"{r['id']}.json", json.dumps(r))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def row(what, results): return next(r for r in rows(results) if r["what"] == what)
+
+
+# ---- rules
+
+def test_numbers():
+    assert number("a", 1., 1.25, 0.25)["ok"] and not number("a", 1., 1.26, 0.25)["ok"] and not number("a", 1., 0.7, 0.25)["ok"]
+    assert number("a", 1., 0.1, 0.25, less_is_fine=True)["ok"] and not number("a", 1., 1.3, 0.25, less_is_fine=True)["ok"]
+    assert not number("a", [1., 1.], [1., 2.], 0.25)["ok"] and number("a", [1., 1.], [1., 2.])["ok"] is None
+    assert number("a", 0., 0., 0.25)["ok"] and not number("a", 0., 0.3, 0.25)["ok"]
+    assert number("a", None, 1., 0.25)["ok"] is None and number("a", 1., None, 0.25)["ok"] is None
+    with pytest.raises(ValueError): number("a", [1., 1.], [1., 1., 1.], 0.25)
+
+
+def test_verdict():
+    good, bad, shown = number("a", 1., 1., 0.1), number("b", 1., 2., 0.1), number("c", 1., 9.)
+    claim = Claim("more", "x", lambda t: t["x"], low=1.)
+    holds, fails, absent = (claim.check(t) for t in ({"x": 1.}, {"x": 0.5}, {}))
+    assert (holds["ok"], fails["ok"], absent["ok"]) == (True, False, None)
+    cases = [([good, shown], [holds], 0), ([good, bad], [holds], 1), ([shown], [holds], 1), ([], [], 1), ([good], [fails], 2)]
+    for numbers, claims, expected in cases: assert verdict(numbers, claims)[0] == VERDICTS[expected]
+    assert verdict([good, bad], [])[1] == "off: b +100%" and "more" in verdict([good], [fails])[1]
+    assert verdict([good], [fails | {"judged": False}])[0] == VERDICTS[0]
+
+
+def test_the_printed_numbers_agree_with_themselves():
+    results = [table1(), fig5(), fig1()]
+    found = [row(what, results)["verdict"] for what in ("Table 1", "Fig. 5", "Fig. 1")]
+    assert found == ["within tolerance", "within tolerance", "shape only"]
+    for claim in row("Table 1", results)["claims"]:
+        if claim["judged"]: assert claim["ok"] and claim["paper"] == pytest.approx(claim["ours"])
+
+
+def test_a_number_that_is_off_and_a_claim_that_fails():
+    result = table1()
+    errors = result["values"]["mean_and_sd"]["paper"]["D_L"]
+    errors["dlsm"][0] = [0.052, 0.08]
+    found = row("Table 1", [result])
+    assert found["verdict"] == "shape only" and found["why"] == f"off: D_L {METHOD_NAMES['dlsm']} +54%"
+    errors["base"][0] = [0.149, 0.149]
+    assert "zero score" in row("Table 1", [result])["why"] and row("Table 1", [result])["verdict"] == "not yet"
+    assert "zero score" in row("Fig. 1", [result, fig1()])["why"]
+    assert row("Fig. 1", [table1(), fig1(worst=0.9)])["verdict"] == "not yet"
+
+
+def test_posterior_score_matching_is_judged_between_the_papers_networks():
+    result = table1()
+    result["values"]["mean_and_sd"]["paper"]["D_P"]["posterior_sm"][0] = [0.02, 0.02]
+    assert row("Table 1", [result])["verdict"] == "within tolerance"
+    paper_nets = result | {"preset": {"name": "paper", "score_net": "paper"}}
+    assert "posterior SM" in row("Table 1", [paper_nets])["why"]
+
+
+# ---- what is missing, what else is there
+
+def test_nothing_yet(home):
+    assert read_results() == read_results("smoke") == []
+    found = rows([])
+    assert [r["what"] for r in found] == [i.what for i in ITEMS] and {r["verdict"] for r in found} == {"not yet"}
+    assert status_table(found).count("not yet") == len(ITEMS)
+
+
+def test_every_preset_and_stand_in_has_its_row():
+    results = [table1(), table1() | {"preset": {"name": "paper", "score_net": "paper"}},
+               MADE | {"id": "table2", "dataset": "digits", "values": {"FID": 1.}, "paper": None},
+               MADE | {"id": "table2", "dataset": "cifar10", "values": paper("table2", "cifar10"), "paper": paper("table2", "cifar10")}]
+    found = rows(results)
+    assert [r["preset"] for r in found if r["what"] == "Table 1"] == ["demo", "paper"]
+    tables = [(r["dataset"], r["verdict"]) for r in found if r["what"] == "Table 2, CIFAR-10"]
+    assert tables == [("cifar10", "within tolerance"), ("digits", "shape only")]
+    assert "demo, on digits" in status_table(found)
+    assert [r["id"] for r in others([*results, MADE | {"id": "fig6"}])] == ["fig6"]
+
+
+def test_smoke_results_are_apart(home):
+    put(home, table1(), MADE | {"id": "fig2", "preset": None, "values": {}, "paper": None})
+    put(home, table1() | {"preset": {"name": "smoke"}}, folder="runs/smoke/figures")
+    assert [r["path"] for r in read_results("smoke")] == ["runs/smoke/figures/moons/table1.json", "figures/moons/fig2.json"]
+    assert len(read_results("demo")) == 2 == len(read_results("paper"))
+
+
+def test_cells_cannot_break_a_table():
+    assert markdown_table(("a",), [("p(y|x)",)]).splitlines()[2] == r"| p(y\|x) |"
+
+
+# ---- the notebook
+
+@pytest.fixture
+def report(root, home, tmp_path):
+    "Run the notebook in a root that holds nothing but results; give report.md and report.json."
+    def run(preset="demo"):
+        paths = root/"nbs/09_report.ipynb", tmp_path/"out.ipynb"
+        papermill.execute_notebook(*paths, {"preset": preset}, kernel_name="python3", progress_bar=False)
+        folder = home/("runs/smoke/figures" if preset == "smoke" else "figures")
+        return (folder/"report.md").read_text(encoding="utf-8"), json.loads((folder/"report.json").read_text(encoding="utf-8"))
+    return run
+
+
+def test_report_reads_its_numbers(report, home):
+    "Every number of Table 1 and Fig. 5 is changed, and found in the report."
+    results = [table1(), fig5(), fig1()]
+    new = iter(np.arange(0.1011, 0.9, 0.0071).round(3).tolist())
+    expected = []
+    def change(tree, key):
+        tree[key] = [next(new) for _ in tree[key]] if isinstance(tree[key], list) else next(new)
+        expected.append(tree[key])
+    for block in results[0]["values"]["mean_and_sd"].values():
+        for methods in block.values():
+            for m in METHODS:
+                if methods[m]: change(methods[m], 0)
+    for values in results[1]["values"]["final"]["paper"].values():
+        for loss in values: change(values, loss)
+    put(home, *results)
+    text, saved = report()
+    for value in expected: assert " / ".join(f"{v:.3f}" for v in np.ravel(value)) in text
+    base = np.mean(results[0]["values"]["mean_and_sd"]["paper"]["D_L"]["base"][0])
+    first = saved["values"]["claims"][0]
+    assert first["claim"] == TABLE1_CLAIMS[0].text and first["ours"] == pytest.approx(base / 0.15)
+    assert saved["inputs"] == {f"figures/moons/{r['id']}.json": sha256(home/f"figures/moons/{r['id']}.json") for r in results}
+    assert "1 min 15 s" in text and "01234567" in text and "1,234" in text
+
+
+def test_finding_follows_the_numbers(report, home):
+    put(home, table1())
+    text, saved = report()
+    base, ours = (np.mean(paper("table1", "D_L", m)) for m in ("base", "dlsm"))
+    for value in (base, ours, base / 2, ours / 2): assert f"{value:.3f}" in saved["values"]["finding"]["text"]
+    assert "(-50%)" in saved["values"]["finding"]["text"] and saved["values"]["finding"]["text"] in text
+
+
+def test_smoke_report_of_nothing(report, home):
+    put(home, table1())
+    text, saved = report("smoke")
+    assert "mean nothing" in text and {r["verdict"] for r in saved["values"]["rows"]} == {"not yet"} and "Not yet." in text
+
+
+# ---- what is committed
+
+def test_departures_name_what_exists(root):
+    source = "".join("".join(c["source"]) for c in json.loads((root/"nbs/09_report.ipynb").read_text(encoding="utf-8"))["cells"])
+    places = re.findall(r'"(dlsm\.[\w.]+)"', source)
+    assert len(places) >= 9 and all(map(exists, places)), [p for p in places if not exists(p)]
+
+
+def test_committed_report_is_of_the_committed_figures(root, monkeypatch):
+    if not (root/".git").exists(): pytest.skip("not a clone")
+    listed = ["git", "status", "--porcelain", "figures", "nbs/index.ipynb", "nbs/09_report.ipynb"]
+    changed = subprocess.run(listed, cwd=root, capture_output=True, text=True, check=True).stdout
+    if changed: pytest.skip(f"not as committed:\n{changed}")
+    monkeypatch.setenv("DLSM_ROOT", str(root))
+    report = load_result("report", None)
+    now = {r["path"]: sha256(root/r["path"]) for r in read_results()}
+    assert report["inputs"] == now, "figures/ has changed: run nbs/09_report.ipynb and nbs/index.ipynb, then `make readme`"
+    cells = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", []))
+    assert status_table(report["values"]["rows"]) in shown and report["values"]["finding"]["text"] in shown
+
+
+def test_links_of_the_readme_and_index_lead_somewhere(root):
+    for name in ("README.md", "nbs/index.ipynb"):
+        text = (root/name).read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        assert len(links) > 10
+        missing = [link for link in links if not ((root/name).parent/link).resolve().exists()]
+        assert not missing, f"{name}: {missing}"
