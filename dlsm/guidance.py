@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelihood_score', 'prior_score', 'posterior_score']
 
-# %% ../nbs/02_decomposition.ipynb #ce92355a
+# %% ../nbs/02_decomposition.ipynb #906db570
 from collections.abc import Callable
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from .dsm import Score
 from .schedule import check_batch, expand
 
-# %% ../nbs/02_decomposition.ipynb #1a937800
+# %% ../nbs/02_decomposition.ipynb #c96264a7
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_noisy [B, …], sigma [B]) -> logits [B, K]
 
-# %% ../nbs/02_decomposition.ipynb #86cd380a
+# %% ../nbs/02_decomposition.ipynb #c0d4c51e
 def check_logits(
     logits:Tensor, # what a classifier gave
     x_noisy:Tensor, # for these points or images [B, …]
@@ -26,10 +26,11 @@ def check_logits(
 ):
     "Raise `ValueError` unless a classifier gave one logit per item and class, and the labels are among the classes."
     if logits.ndim != 2 or len(logits) != len(x_noisy):
-        raise ValueError(f"classifier gave logits of shape {tuple(logits.shape)}; expected (B, K) with B = {len(x_noisy)} like x_noisy {tuple(x_noisy.shape)}")
+        raise ValueError(f"classifier gave logits of shape {tuple(logits.shape)}; expected "
+                         f"({len(x_noisy)}, number of classes), a row per item of x_noisy {tuple(x_noisy.shape)}")
     check_batch(x_noisy, sigma, y, logits.shape[1])
 
-# %% ../nbs/02_decomposition.ipynb #f710387e
+# %% ../nbs/02_decomposition.ipynb #8f36d84b
 def likelihood_score_and_logits(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -49,7 +50,7 @@ def likelihood_score_and_logits(
         return log_p.gather(-1, y[:, None]).sum(), logits
     return torch.func.grad(log_likelihood, has_aux=True)(x_noisy)
 
-# %% ../nbs/02_decomposition.ipynb #0d682386
+# %% ../nbs/02_decomposition.ipynb #fe825413
 def likelihood_score(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -65,7 +66,7 @@ def likelihood_score(
     with torch.set_grad_enabled(create_graph):
         return likelihood_score_and_logits(classifier, x_noisy, sigma, y)[0]
 
-# %% ../nbs/02_decomposition.ipynb #5c8566c4
+# %% ../nbs/02_decomposition.ipynb #ea8a1399
 def prior_score(
     score:Score, # the prior score s(x̃; φ)
     x_noisy:Tensor, # noisy points or images [B, …]

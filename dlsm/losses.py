@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['ce_loss', 'elsm_loss', 'dlsm_loss', 'total_loss']
 
-# %% ../nbs/03_dlsm.ipynb #b3405f9f
+# %% ../nbs/03_dlsm.ipynb #da92c8af
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from .dsm import Score, perturb, weighted_error
 from .guidance import Classifier, check_logits, likelihood_score, likelihood_score_and_logits, prior_score
 from .schedule import check_batch, expand
 
-# %% ../nbs/03_dlsm.ipynb #7801629d
+# %% ../nbs/03_dlsm.ipynb #e9307ab3
 def ce_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -32,7 +31,7 @@ def ce_loss(
     check_logits(logits, x_noisy, sigma, y)
     return F.cross_entropy(logits, y, reduction="none")
 
-# %% ../nbs/03_dlsm.ipynb #b584a1b1
+# %% ../nbs/03_dlsm.ipynb #6f3b68e1
 def elsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     oracle:Classifier, # the exact p_σ(y|x̃) as logits, such as `parzen_classifier`
@@ -49,7 +48,7 @@ def elsm_loss(
     residual = likelihood_score(classifier, x_noisy, sigma, y, create_graph=True) - likelihood_score(oracle, x_noisy, sigma, y)
     return weighted_error(residual, sigma, power, reduce)
 
-# %% ../nbs/03_dlsm.ipynb #5e9cc59b
+# %% ../nbs/03_dlsm.ipynb #2a8a791a
 def dlsm_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     score:Score, # the prior score: the oracle's for L_DLSM, the frozen model s(x̃; φ) for L_DLSM′
@@ -60,9 +59,10 @@ def dlsm_loss(
     power:float=1, # σ-weighting, see `weighted_error`
     reduce:Literal["mean", "sum"]="mean", # over an item's dimensions
 )->Tensor: # one loss per item [B]
-    """Compute the denoising likelihood score matching loss ½‖∇ log p(y|x̃; θ) + s(x̃) − (x − x̃)/σ²‖² (the paper's L_DLSM and L_DLSM′).
+    """Compute the denoising likelihood score matching loss ½‖∇ log p(y|x̃; θ) + s(x̃) − (x − x̃)/σ²‖².
 
-    The score model is evaluated without a graph: it stays frozen. Raises `ValueError` as `perturb` and `likelihood_score` do.
+    The paper's L_DLSM or L_DLSM′, depending on `score`, which is evaluated without a graph: it stays frozen.
+    Raises `ValueError` as `perturb` and `likelihood_score` do.
     """
     return total_loss(classifier, score, x, y, sigma, noise, 0., power, reduce)
 

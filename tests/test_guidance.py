@@ -1,4 +1,4 @@
-"""Likelihood and posterior scores: exact on the oracle, per item, in any shape, without a graph unless one is asked for; and what is refused."""
+"""Likelihood and posterior scores: exact on the oracle, per item, in any shape, with a graph only if asked for; and what is refused."""
 import pytest
 import torch
 from torch import nn
@@ -35,11 +35,12 @@ def test_closed_form(batch):
 
 def test_bayes_rule_is_exact_on_the_oracle(batch):
     x, sigma, y, data, classes = batch
-    guided = posterior_score(parzen_score(data), parzen_classifier(data, classes, 3), y)(x, sigma)
+    prior, oracle = parzen_score(data), parzen_classifier(data, classes, 3)
+    guided = posterior_score(prior, oracle, y)(x, sigma)
     for c in range(3):
         exact = parzen_score(data[classes == c])(x, sigma)
         assert torch.allclose(guided[y == c], exact[y == c], rtol=1e-10, atol=1e-10)
-        assert torch.allclose(posterior_score(parzen_score(data), parzen_classifier(data, classes, 3), c)(x, sigma), exact, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(posterior_score(prior, oracle, c)(x, sigma), exact, rtol=1e-10, atol=1e-10)
 
 
 def test_scales_and_labels_are_per_item(batch):
@@ -52,7 +53,8 @@ def test_scales_and_labels_are_per_item(batch):
         alone = posterior_score(score, classifier, int(y[i]), float(alpha[i]))(x[i:i + 1], sigma[i:i + 1])
         assert torch.allclose(got[i:i + 1], alone, atol=1e-12)
     assert torch.equal(got[0], -x[0])  # α = 0: the prior alone
-    assert torch.equal(posterior_score(score, classifier, y, torch.tensor(2.))(x, sigma), posterior_score(score, classifier, y, 2.)(x, sigma))
+    as_tensor, as_number = (posterior_score(score, classifier, y, alpha)(x, sigma) for alpha in (torch.tensor(2.), 2.))
+    assert torch.equal(as_tensor, as_number)
 
 
 @pytest.mark.parametrize("classifier", [lambda x, s: torch.tensor([1., -2.]).expand(len(x), 2), lambda x, s: torch.stack([s, -s], 1)])
