@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint']
 
-# %% ../nbs/13a_checkpoints.ipynb #13cf5cb3
+# %% ../nbs/13a_checkpoints.ipynb #4142c1e3
+import errno
 import json
 import os
 import shutil
@@ -14,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .runs import sha256
 
-# %% ../nbs/13a_checkpoints.ipynb #2675947b
+# %% ../nbs/13a_checkpoints.ipynb #8b7e11fb
 def _write(
     part:Path, # temporary folder
     weights:Mapping[str, Mapping[str, Tensor]], # sets of named tensors
@@ -54,14 +56,15 @@ def save_checkpoint(
         _write(part, weights, state, {"step": step, "config": config, "record": record})
         if final.exists(): shutil.rmtree(final)
         os.replace(part, final)
-    except OSError as e:
+    except (OSError, RuntimeError, SafetensorError) as e:  # on a full disk torch raises the second, safetensors the third
         shutil.rmtree(part, ignore_errors=True)
         last = max(folder.glob("step-*"), default=None)
-        raise OSError(e.errno, f"could not write {final.name} ({e.strerror}); the last good checkpoint is {last.name if last else 'none'}; free some space and run again") from e
+        why = f"could not write {final.name} ({e}); the last good checkpoint is {last.name if last else 'none'}"
+        raise OSError(getattr(e, "errno", errno.EIO), f"{why}; free some space and run again") from e
     for old in sorted(folder.glob("step-*"))[:-keep]: shutil.rmtree(old)
     return final
 
-# %% ../nbs/13a_checkpoints.ipynb #e1b6f297
+# %% ../nbs/13a_checkpoints.ipynb #36682663
 def _damage(
     path:Path, # a checkpoint's folder
 )->str: # what is wrong with it; empty if nothing

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'perturb', 'weighted_error', 'esm_loss', 'dsm_loss']
 
-# %% ../nbs/01_dsm.ipynb #bd0c3c27
+# %% ../nbs/01_dsm.ipynb #58a9c9c3
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .schedule import check_batch, expand
 
-# %% ../nbs/01_dsm.ipynb #ed092b9c
+# %% ../nbs/01_dsm.ipynb #a16df979
 Score = Callable[[Tensor, Tensor], Tensor]  # (x_noisy [B, …], sigma [B]) -> ∇ log p_σ(x̃), like x_noisy
 
-# %% ../nbs/01_dsm.ipynb #3ce6f5ad
+# %% ../nbs/01_dsm.ipynb #839cb79b
 def perturb(
     x:Tensor, # clean points or images [B, …]
     sigma:Tensor, # noise levels [B], in the units of `x`
@@ -30,7 +30,7 @@ def perturb(
     if noise.shape != x.shape: raise ValueError(f"noise has shape {tuple(noise.shape)}; expected that of x: {tuple(x.shape)}")
     return x + expand(sigma, x) * noise
 
-# %% ../nbs/01_dsm.ipynb #373c0ec4
+# %% ../nbs/01_dsm.ipynb #6f8aba18
 def weighted_error(
     residual:Tensor, # difference of two scores [B, …], in 1/units of the data
     sigma:Tensor, # noise levels [B]
@@ -45,8 +45,19 @@ def weighted_error(
     squared = (expand(sigma**power, residual) * residual).square().flatten(1)
     return (squared.mean(1) if reduce == "mean" else squared.sum(1)) / 2
 
-# %% ../nbs/01_dsm.ipynb #e4e0b487
-def esm_loss(score:Score, # the model s(x̃; φ)
+# %% ../nbs/01_dsm.ipynb #0041973d
+def _check_score(
+    value:Tensor, # what a score gave
+    x_noisy:Tensor, # for these points or images [B, …]
+    name:str="score", # the argument's name
+)->Tensor: # `value`
+    "Raise `ValueError` if a score's value has another shape than its argument: it would broadcast to a wrong loss without a word."
+    if value.shape == x_noisy.shape: return value
+    raise ValueError(f"{name} gave shape {tuple(value.shape)}; expected that of x_noisy: {tuple(x_noisy.shape)}")
+
+
+def esm_loss(
+    score:Score, # the model s(x̃; φ)
     oracle:Score, # the exact score ∇ log p_σ
     x_noisy:Tensor, # noisy points or images [B, …], drawn from p_σ
     sigma:Tensor, # noise levels [B]
@@ -55,10 +66,12 @@ def esm_loss(score:Score, # the model s(x̃; φ)
 )->Tensor: # one loss per item [B]
     "Compute the explicit score matching loss ½‖s(x̃) − ∇ log p_σ(x̃)‖² (the paper's L_ESM), which needs the oracle."
     check_batch(x_noisy, sigma)
-    return weighted_error(score(x_noisy, sigma) - oracle(x_noisy, sigma), sigma, power, reduce)
+    exact = _check_score(oracle(x_noisy, sigma), x_noisy, "oracle")
+    return weighted_error(_check_score(score(x_noisy, sigma), x_noisy) - exact, sigma, power, reduce)
 
-# %% ../nbs/01_dsm.ipynb #febf96e6
-def dsm_loss(score:Score, # the model s(x̃; φ)
+# %% ../nbs/01_dsm.ipynb #ed456971
+def dsm_loss(
+    score:Score, # the model s(x̃; φ)
     x:Tensor, # clean points or images [B, …]
     sigma:Tensor, # noise levels [B]
     noise:Tensor, # unit Gaussian noise, like `x`
@@ -67,7 +80,7 @@ def dsm_loss(score:Score, # the model s(x̃; φ)
 )->Tensor: # one loss per item [B]
     """Compute the denoising score matching loss ½‖s(x̃) − (x − x̃)/σ²‖² (Vincent 2011; the paper's L_DSM), where (x − x̃)/σ² = −noise/σ.
 
-    Raises `ValueError` as `perturb` does.
+    Raises `ValueError` as `perturb` does, and for a score of another shape than `x`.
     """
     x_noisy = perturb(x, sigma, noise)
-    return weighted_error(score(x_noisy, sigma) + noise / expand(sigma, x), sigma, power, reduce)
+    return weighted_error(_check_score(score(x_noisy, sigma), x_noisy) + noise / expand(sigma, x), sigma, power, reduce)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'BUDGET', 'parzen_score', 'parzen_log_density', 'parzen_classifier']
 
-# %% ../nbs/00_parzen.ipynb #b1088b92
+# %% ../nbs/00_parzen.ipynb #6bb47c7f
 import math
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .schedule import check_batch
 
-# %% ../nbs/00_parzen.ipynb #ef02c44a
+# %% ../nbs/00_parzen.ipynb #11ad967f
 FEW = 16  # up to so many dimensions the coordinates are gone through one by one
 
 
@@ -39,7 +39,7 @@ def _log_kernels(
     highest = log_kernel.amax(1)  # 0, but where rounding chose a point that is not quite the nearest
     return log_kernel.sub_(highest[:, None]), highest + factor * (query - nearest).square().sum(1)
 
-# %% ../nbs/00_parzen.ipynb #1b7a256f
+# %% ../nbs/00_parzen.ipynb #4b73da20
 BUDGET = 2**18  # kernel values held at once on a CPU, 8 bytes each; 64 times as many on a GPU
 
 
@@ -64,7 +64,7 @@ def _moments(
         mean[part] = kernel @ data / total[:, None]
     return log_sum, mean
 
-# %% ../nbs/00_parzen.ipynb #c99325b8
+# %% ../nbs/00_parzen.ipynb #00a46373
 def _prepare(
     data:Tensor, # [M, …]
 )->tuple[Tensor, Tensor]: # centred data [M, D] in float64, and the centre [D]
@@ -88,7 +88,7 @@ def _flatten(
         raise ValueError(f"x_noisy has shape {tuple(x_noisy.shape)}; expected (B, {dims}) like data {tuple(data.shape)}")
     return x_noisy.flatten(1).double() - centre
 
-# %% ../nbs/00_parzen.ipynb #c69b60d7
+# %% ../nbs/00_parzen.ipynb #91d3851c
 def parzen_score(
     data:Tensor, # the points or images that the kernels sit on [M, …]
 )->Callable[[Tensor, Tensor], Tensor]: # a `Score`: (x_noisy [B, …], sigma [B]) -> [B, …]
@@ -106,7 +106,20 @@ def parzen_score(
         return ((mean - query) / sigma.double()[:, None].square()).reshape(x_noisy.shape).to(x_noisy.dtype)
     return score
 
-# %% ../nbs/00_parzen.ipynb #c77277bc
+# %% ../nbs/00_parzen.ipynb #c72a83a8
+class _Once(torch.autograd.Function):
+    "The identity, with an error for whoever differentiates it: better than a second derivative that is wrong."
+
+    @staticmethod
+    def forward(x): return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+
+    @staticmethod
+    def backward(ctx, _): raise NotImplementedError("Parzen log-densities and classifiers can be differentiated once, not twice")
+
+
 class _LogSums(torch.autograd.Function):
     "Log kernel sums of several groups of data; the gradient of each is its exact Parzen score, so the backward pass stores no kernel."
 
@@ -125,9 +138,9 @@ class _LogSums(torch.autograd.Function):
     def backward(ctx, grad, _):
         query, sigma, means = ctx.saved_tensors
         scores = (means - query[:, None]) / sigma.square()[:, None, None]
-        return (grad[:, :, None] * scores).sum(1), None, None
+        return _Once.apply((grad[:, :, None] * scores).sum(1)), None, None
 
-
+# %% ../nbs/00_parzen.ipynb #bd7362e3
 def parzen_log_density(
     data:Tensor, # the points or images that the kernels sit on [M, …]
 )->Callable[[Tensor, Tensor], Tensor]: # (x_noisy [B, …], sigma [B]) -> log p_σ(x̃) [B]
@@ -144,7 +157,7 @@ def parzen_log_density(
         return (log_sum - norm).to(x_noisy.dtype)
     return log_density
 
-# %% ../nbs/00_parzen.ipynb #f7752865
+# %% ../nbs/00_parzen.ipynb #549b5c2e
 def parzen_classifier(
     data:Tensor, # the points or images that the kernels sit on [M, …]
     y:Tensor, # their labels [M], integers

@@ -1,0 +1,240 @@
+"""Training: killed and resumed to the same bits; damaged and foreign checkpoints, full disks, losses that are not finite."""
+import errno
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dlsm import checkpoints
+from dlsm.checkpoints import load_checkpoint, save_checkpoint
+from dlsm.training import fit, lr_factor, step_generator
+
+KILLED = """
+import os, random, signal, sys
+from pathlib import Path
+import torch
+from dlsm import checkpoints
+from dlsm.dsm import dsm_loss
+from dlsm.networks import MLPScore, seeded
+from dlsm.training import fit
+
+folder, STEPS = Path(sys.argv[1]), 60
+
+def train(name, kill=None):
+    "Train in `folder/name`, save what comes out, and die by SIGKILL at a step, or while a checkpoint is written."
+    net, calls = seeded(MLPScore, 0), [0]
+    def loss(net, generator):
+        calls[0] += 1
+        if kill and kill[0] == "step" and calls[0] == kill[1]: os.kill(os.getpid(), signal.SIGKILL)
+        x = torch.randn(32, 2, generator=generator)
+        return dsm_loss(net, x, 0.1 + torch.rand(32, generator=generator), torch.randn(32, 2, generator=generator)).mean()
+    def die(real):
+        def now_or_later(*args, **kwargs):
+            kill[1] -= 1
+            if kill[1] == 0: os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return now_or_later
+    if kill and kill[0] == "save": checkpoints.torch.save = die(torch.save)
+    if kill and kill[0] == "rename": checkpoints.os.replace = die(os.replace)
+    measure = lambda state: {"weight": sum(p.sum().item() for p in state.ema.parameters())}
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for state in fit(net, loss, STEPS, optimizer, 7, folder/name, {"seed": 7}, warmup=5, decay="cosine", ema=0.99, evaluate=measure,
+                     every=6, checkpoint_every=4): pass
+    torch.save({"net": net.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer.state_dict(), "record": state.record,
+                "step": state.step}, folder/f"{name}.pt")
+
+def child(*args):
+    pid = os.fork()
+    if pid == 0:
+        try: train(*args)
+        except BaseException as e: print(repr(e), flush=True); os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+torch.optim.Adam(MLPScore().parameters())  # imports what an optimiser needs once, and not in every child
+assert child("whole") == 0
+chance = random.Random(int(sys.argv[2]))
+for kill in (["step", chance.randint(1, 11)], ["save", chance.randint(1, 3)], ["step", chance.randint(2, 11)],
+             ["rename", chance.randint(1, 3)], ["step", chance.randint(2, 8)]):
+    assert child("killed", kill) == -signal.SIGKILL, kill
+assert child("killed") == 0
+"""
+
+
+def equal(a, b):
+    "Whether two nested results are the same to the last bit."
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_killed_five_times_and_resumed_to_the_same_bits(tmp_path):
+    "Each child is forked from a fresh process; two of five kills hit while a checkpoint is being written or renamed."
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path), "0"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    whole, killed = (torch.load(tmp_path/f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
+    assert whole["step"] == 60 and [r["step"] for r in whole["record"]] == list(range(0, 61, 6))
+    assert equal(whole, killed)
+    assert not list((tmp_path/"killed").glob(".part-*"))
+
+
+def train(folder, steps=40, rate=1e-2, broken_from=None, config=None, seed=0, stop=None, **kwargs):
+    "A small regression; its loss is not finite from the step `broken_from` on."
+    torch.manual_seed(0)
+    net, calls = nn.Linear(3, 1), []
+
+    def loss(net, generator):
+        x = torch.randn(16, 3, generator=generator)
+        calls.append(generator.initial_seed())
+        value = (net(x) - x.sum(1, keepdim=True)).square().mean()
+        return value*float("nan") if broken_from is not None and len(calls) > broken_from else value
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    for state in fit(net, loss, steps, optimizer, seed, folder, config or {"rate": rate}, checkpoint_every=10, **kwargs):  # noqa: B007
+        if state.step == stop: break
+    return state, calls
+
+
+def weights(state): return [p.detach().clone() for p in state.model.parameters()]
+
+
+def steps_in(folder): return [p.name for p in sorted(folder.glob("step-*"))]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    "The folder of a finished training, and its weights."
+    return tmp_path, weights(train(tmp_path)[0])
+
+
+def flip(path): path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+DAMAGE = {
+    "a flipped bit in the weights": lambda p: flip(p/"model.safetensors"),
+    "a flipped bit in the optimiser": lambda p: flip(p/"state.pt"),
+    "truncated weights": lambda p: (p/"model.safetensors").write_bytes(b"x"),
+    "no optimiser": lambda p: (p/"state.pt").unlink(),
+    "no meta": lambda p: (p/"meta.json").unlink(),
+    "truncated meta": lambda p: (p/"meta.json").write_text((p/"meta.json").read_text()[:40]),
+    "meta without checksums": lambda p: (p/"meta.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_newest_checkpoint_is_passed_over(finished, damage):
+    folder, whole = finished
+    damage(folder/"step-00000040")
+    with pytest.warns(UserWarning, match="step-00000040.*damaged"): state, calls = train(folder)
+    assert len(calls) == 10 and equal(weights(state), whole)
+    assert steps_in(folder) == ["step-00000030", "step-00000040"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(folder)[1] == []  # it was written anew
+
+
+def test_all_damaged_starts_over(finished):
+    folder, whole = finished
+    for path in folder.glob("step-*"): flip(path/"state.pt")
+    with pytest.warns(UserWarning, match="damaged"): state, calls = train(folder)
+    assert len(calls) == 40 and equal(weights(state), whole)
+
+
+def test_another_configuration_is_refused_by_name(finished):
+    folder, _ = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="rate=0.01 there and 0.02 here"): train(folder, rate=2e-2)
+    with pytest.raises(ValueError, match="batch=None there and 5 here"): train(folder, config={"rate": 1e-2, "batch": 5})
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_is_data_and_never_code(finished):
+    class Surprise:
+        def __reduce__(self): return print, ("code ran",)
+    folder, _ = finished
+    newest = folder/"step-00000040"
+    torch.save(Surprise(), newest/"state.pt")
+    meta = json.loads((newest/"meta.json").read_text())
+    meta["sha256"]["state.pt"] = checkpoints.sha256(newest/"state.pt")
+    (newest/"meta.json").write_text(json.dumps(meta))
+    with pytest.raises(Exception, match="[Ww]eights.only"): load_checkpoint(folder, {"rate": 1e-2})
+
+
+@pytest.mark.parametrize("writer", ["save_file", "torch.save"])
+def test_a_full_disk_keeps_the_last_good_checkpoint(finished, monkeypatch, writer):
+    folder, _ = finished
+    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    owner = checkpoints.torch if writer == "torch.save" else checkpoints
+    monkeypatch.setattr(owner, writer.split(".")[-1], full)
+    with pytest.raises(OSError, match="step-00000050.*No space left.*step-00000040") as error: train(folder, steps=50)
+    assert error.value.errno == errno.ENOSPC and steps_in(folder) == ["step-00000030", "step-00000040"]
+    monkeypatch.undo()
+    assert not list(folder.glob(".part-*")) and train(folder, steps=50)[0].step == 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of the file size are POSIX")
+@pytest.mark.parametrize("large", ["weights", "state"])
+def test_a_write_that_really_fails_is_the_same_error(tmp_path, large):
+    "Those who write weights and the optimiser's state have their own errors for it: provoked by a limit on the file size."
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(3)}}, {"a": torch.zeros(3)}, {}, [])
+    sizes = (100_000, 3) if large == "weights" else (3, 100_000)
+    code = f"""
+import resource, torch
+from pathlib import Path
+from dlsm.checkpoints import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+try: save_checkpoint({str(tmp_path)!r}, 2, {{"model": {{"w": torch.zeros({sizes[0]})}}}}, {{"a": torch.zeros({sizes[1]})}}, {{}}, [])
+except OSError as e: print(e)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert "could not write step-00000002" in done.stdout and "last good checkpoint is step-00000001" in done.stdout, done.stderr[-1000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"] and load_checkpoint(tmp_path, {})["step"] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 26.*last good checkpoint: step-00000020"):
+        train(tmp_path, broken_from=25)
+    assert all(torch.isfinite(p).all() for p in load_checkpoint(tmp_path, {"rate": 1e-2})["weights"]["model"].values())
+    assert train(tmp_path)[0].step == 40  # with the mistake removed it goes on
+
+
+def test_a_loss_that_is_not_finite_without_checkpoints():
+    with pytest.raises(FloatingPointError, match="last good checkpoint: none"): train(None, broken_from=0)
+
+
+def test_a_finished_training_costs_nothing_and_gives_its_state(finished):
+    folder, whole = finished
+    state, calls = train(folder)
+    assert calls == [] and state.step == 40 and equal(weights(state), whole)
+
+
+def test_a_loop_that_is_left_resumes(tmp_path):
+    train(tmp_path/"left", stop=25)
+    state, calls = train(tmp_path/"left")
+    assert len(calls) == 20 and equal(weights(state), weights(train(tmp_path/"whole")[0]))
+
+
+def test_the_average_is_not_trained_and_lags(tmp_path):
+    state, _ = train(tmp_path, ema=0.9)
+    assert not any(p.requires_grad for p in state.ema.parameters())
+    assert not equal(weights(state), [p.detach() for p in state.ema.parameters()])
+    assert train(None)[0].ema is not None
+
+
+def test_step_generators_differ_by_seed_and_step():
+    first = {torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(30) for step in range(30)}
+    assert len(first) > 890  # float32: a few of 900 may meet
+    assert torch.equal(torch.rand(3, generator=step_generator(2, 5)), torch.rand(3, generator=step_generator(2, 5)))
+
+
+def test_learning_rate_warms_up_and_decays():
+    assert [lr_factor(s, 100, warmup=4) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1., 1., 1.]
+    cosine = [lr_factor(s, 100, decay="cosine") for s in range(100)]
+    assert cosine[0] == 1 and all(a > b for a, b in zip(cosine, cosine[1:])) and cosine[-1] < 1e-3
+    with pytest.raises(ValueError, match="decay='linear'"): lr_factor(0, 10, decay="linear")
