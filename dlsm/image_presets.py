@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGES', 'ScoreSettings', 'ClassifierSettings', 'ImagePreset']
 
-# %% ../nbs/17c_image_presets.ipynb #1c56665d
+# %% ../nbs/17c_image_presets.ipynb #3f086621
 from dataclasses import dataclass
 
-# %% ../nbs/17c_image_presets.ipynb #8adec72a
+# %% ../nbs/17c_image_presets.ipynb #c25ae0be
 @dataclass(frozen=True)
 class ScoreSettings:
     "Stage 1: the score model and its training. The defaults are the paper's."
@@ -76,11 +76,11 @@ def _preset(dataset:str, name:str, score:dict, classifier:dict, **more)->ImagePr
     n_classes, channels, image_size = {"digits": (10, 1, 8), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}[dataset]
     return ImagePreset(name, dataset, n_classes, channels, image_size, ScoreSettings(**score), ClassifierSettings(**classifier), **more)
 
-# %% ../nbs/17c_image_presets.ipynb #d40cbd31
+# %% ../nbs/17c_image_presets.ipynb #31e2d5d1
 _SCORE = dict(dropout=0., fourier_scale=2., warmup=50, decay="cosine", t_min=0.)
 _CLASSIFIER = dict(norm="group", fourier_scale=2., warmup=50, decay="cosine", ema=0.995, t_min=0., power=1., reduce="sum")
 _DIGITS = dict(sigma_max=8., sigma_data=0.42)
-_DIGITS_SCORE = _SCORE | dict(nf=32, ch_mult=(1, 2), num_res_blocks=1, flips=False, lr=2e-3, ema=0.995)
+_DIGITS_SCORE = _SCORE | dict(nf=24, ch_mult=(1, 2), num_res_blocks=1, batch=64, flips=False, lr=2e-3, ema=0.995)
 _CIFAR = dict(sigma_data=0.25)
 _CIFAR_DEMO = _CIFAR | dict(bf16=True, compiled=True, checkpoint_every=1_000)
 
@@ -88,7 +88,7 @@ IMAGES = {
     "digits": (
         _preset("digits", "smoke", _DIGITS_SCORE | dict(nf=16, steps=100, warmup=10), _CLASSIFIER | dict(width=8, batch=64, steps=60, lr=2e-3, warmup=10),
                 log_every=10, checkpoint_every=50, **_DIGITS),
-        _preset("digits", "demo", _DIGITS_SCORE | dict(steps=1_500), _CLASSIFIER | dict(width=16, batch=128, steps=1_000, lr=2e-3),
+        _preset("digits", "demo", _DIGITS_SCORE | dict(steps=1_200), _CLASSIFIER | dict(width=16, batch=64, steps=800, lr=2e-3),
                 log_every=50, checkpoint_every=250, **_DIGITS),
     ),
 }
@@ -97,7 +97,7 @@ for _name in ("cifar10", "cifar100"):
     IMAGES[_name] = (
         _preset(_name, "smoke", _SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
                 _CLASSIFIER | dict(width=4, batch=16, steps=6, lr=1e-3, warmup=2), log_every=2, checkpoint_every=5, **_CIFAR),
-        _preset(_name, "demo", _SCORE | dict(nf=64, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
+        _preset(_name, "demo", _SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
                 _CLASSIFIER | dict(width=32, batch=256, steps=4_000, lr=1e-3, warmup=200), **_CIFAR_DEMO),
         _preset(_name, "paper", {}, _deep, stratified=False, log_every=500, checkpoint_every=5_000),
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_log', 'RunLog', 'free_memory', 'peak_memory', 'estimate']
 
-# %% ../nbs/13c_monitor.ipynb #8490ca3e
+# %% ../nbs/13c_monitor.ipynb #e6d5a60b
 import copy
 import json
 import math
@@ -19,7 +19,7 @@ from torch import nn
 
 from .runs import atomic_write
 
-# %% ../nbs/13c_monitor.ipynb #b5c48190
+# %% ../nbs/13c_monitor.ipynb #88488217
 def read_log(
     folder:str|Path, # of a run
     last:float=math.inf, # steps after this one are left out
@@ -47,15 +47,15 @@ class RunLog:
 
     def write(self,
         step:int, # finished steps
-        **values:float|None, # what was measured; None is left out
+        **values:float, # what was measured
     ):
         "Append one line."
-        values = {name: float(f"{value:.6g}") for name, value in values.items() if value is not None}
+        values = {name: float(f"{value:.6g}") for name, value in values.items()}
         with open(self.path, "a", encoding="utf-8") as file: file.write(json.dumps({"step": step} | values) + "\n")
         if self.board:
             for name, value in values.items(): self.board.add_scalar(name, value, step)
 
-# %% ../nbs/13c_monitor.ipynb #3da8bda6
+# %% ../nbs/13c_monitor.ipynb #7176c9d5
 def free_memory(
     device:torch.device, # CPU or CUDA
 )->float: # bytes; infinite where it is not known
@@ -68,14 +68,14 @@ def free_memory(
 
 def peak_memory(
     device:torch.device, # CPU or CUDA
-)->float|None: # bytes; None where it is not known
+)->float: # bytes; 0 where it is not known
     "Ask for the most memory that this process has used so far."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32": return None
+    if sys.platform == "win32": return 0.
     from resource import RUSAGE_SELF, getrusage  # not on Windows
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/13c_monitor.ipynb #a1b60bb7
+# %% ../nbs/13c_monitor.ipynb #80ebcf38
 def _output_bytes(
     model:nn.Module, # to look into
     work:Callable[[nn.Module, int], object], # one forward and backward pass for so many images
@@ -133,11 +133,11 @@ def estimate(
     need = 5 * n * weight.element_size() + at_once * outputs * (4 if gradient_in_loss else 2)
     available = free_memory(weight.device) if available is None else available
     if need > available:
-        raise MemoryError(f"too little memory for {title} on {weight.device}: about {need / 1e9:.2f} GB are needed and {available / 1e9:.2f} GB are free; "
+        raise MemoryError(f"too little memory for {title} on {weight.device}: about {need / 1e6:,.0f} MB are needed and {available / 1e6:,.0f} MB are free; "
                           f"use micro-batches of fewer than {at_once} images (micro=…), another device or a smaller preset")
     seconds = _seconds(model, work, at_once, weight.device) * math.ceil(share / at_once) if steps else 0.
     found = {"parameters": n, "seconds": steps * seconds, "images_per_s": batch / seconds if seconds else None, "bytes": need}
     print(f"{title}: {n:,} parameters, {n_images:,} images, {steps:,} steps of {batch}" + (f" on {processes} processes" if processes > 1 else ""))
-    if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s), {need / 1e9:.2f} GB", flush=True)
+    if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s), {need / 1e6:,.0f} MB", flush=True)
     else: print("  finished before", flush=True)
     return found

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_generator', 'lr_factor', 'State', 'fit', 'main']
 
-# %% ../nbs/13_training.ipynb #ca09a8f3
+# %% ../nbs/13_training.ipynb #103cae7c
 import argparse
 import copy
 import math
@@ -21,7 +21,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .monitor import RunLog, peak_memory
 from .parallel import add_up, any_process, dropout_seed, gradients, team
 
-# %% ../nbs/13_training.ipynb #441fb763
+# %% ../nbs/13_training.ipynb #a20acc78
 def step_generator(
     seed:int, # of the run
     step:int, # of this run
@@ -31,7 +31,7 @@ def step_generator(
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
     return torch.Generator(device).manual_seed(mixed ^ (mixed >> 31))
 
-# %% ../nbs/13_training.ipynb #da76a347
+# %% ../nbs/13_training.ipynb #dd78b2f3
 def lr_factor(
     step:int, # 0-based
     steps:int, # in all
@@ -43,7 +43,7 @@ def lr_factor(
     ramp = min(1., (step + 1) / warmup) if warmup else 1.
     return ramp * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay == "cosine" else 1.)
 
-# %% ../nbs/13_training.ipynb #e646ee9c
+# %% ../nbs/13_training.ipynb #8ce33a35
 @dataclass
 class State:
     "What `fit` yields after each finished step."
@@ -88,7 +88,7 @@ def fit(
     micro:int|None=None, # images at a time (gradient accumulation); None: all
     bf16:bool=False, # mixed precision
     compiled:bool=False, # compile the loss
-    log_every:int|None=None, # steps between two lines of the log; None: no log
+    log_every:int|None=None, # steps between two lines of the log; None: no log (and none without `draw`)
     minutes:float|None=None, # stop, with a checkpoint, at the first line of the log after that; None: never
 )->Iterator[State]: # the state after each finished step
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
@@ -103,7 +103,7 @@ def fit(
     if saved: _load(state, optimizer, saved)
     elif evaluate: state.record.append({"step": 0} | evaluate(state))
     peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
-    log = RunLog(folder, state.step) if folder and log_every and rank == 0 and state.step < steps else None
+    log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
     recent, since = [], time.monotonic()
     if state.step >= steps: yield state
@@ -111,7 +111,7 @@ def fit(
         if not model.training: model.train()
         for group, peak in zip(optimizer.param_groups, peaks): group["lr"] = peak * lr_factor(state.step, steps, warmup, decay)
         optimizer.zero_grad(set_to_none=True)
-        _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
+        images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
         if clip: state.norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         state.step += 1
@@ -120,7 +120,7 @@ def fit(
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
         if measured and evaluate: state.record.append({"step": state.step} | evaluate(state))
-        if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"], seconds_per_step=(time.monotonic() - since) / len(recent), memory_gb=peak_memory(device) / 1e9)
+        if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"], images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
         stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
         yield state
         if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {})
@@ -134,16 +134,17 @@ def _backward(
     draw:Callable|None, # as in `fit`
     generator:torch.Generator, # of this step
     share:tuple, # number of this process, of all, images at a time, mixed precision
-):
+)->int: # images of the whole batch, where it is drawn outside the loss
     "Compute the gradients of one step."
-    if draw:
-        with dropout_seed(generator.initial_seed(), share[0], generator.device):
-            state.loss = gradients(state.model, loss, draw(state.step, generator), *share)
-        if share[1] > 1: add_up([state.loss, *(p.grad for p in state.model.parameters() if p.grad is not None)])
-    else:
+    if not draw:
         state.loss = loss(state.model, generator)
         state.loss.backward()
         state.loss = state.loss.detach()
+        return 0
+    batch = draw(state.step, generator)
+    with dropout_seed(generator.initial_seed(), share[0], generator.device): state.loss = gradients(state.model, loss, batch, *share)
+    if share[1] > 1: add_up([state.loss, *(p.grad for p in state.model.parameters() if p.grad is not None)])
+    return len(next(iter(batch.values())))
 
 
 def _average(state:State, decay:float):
@@ -165,7 +166,7 @@ def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Calla
     last = max(Path(folder).glob("step-*"), default=None) if folder else None
     raise FloatingPointError(f"the {what} is {value} at step {step + 1}{levels}; last good checkpoint: {last.name if last else 'none'}; try a lower learning rate")
 
-# %% ../nbs/13_training.ipynb #688dd4c5
+# %% ../nbs/13_training.ipynb #995aba7d
 def main(
     arguments:list[str]|None=None, # None: those of the command line
 ):
