@@ -1,7 +1,7 @@
 # Everything that is done to this project is done from here; `make` alone lists it.
 # Only make and Python 3.11 or newer are needed: the first call installs requirements.lock into .venv.
 PRESET = demo
-DATASET = moons
+DATASET = moons,digits
 CORES = all
 PYTHON =
 
@@ -11,7 +11,7 @@ new_enough = -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons CORES=all)
+reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons,digits CORES=all)
 	@$(python) -m snakemake --cores $(CORES) --config preset=$(PRESET) dataset=$(DATASET) \
 	  --rerun-triggers mtime --rerun-incomplete --nolock --keep-going --quiet rules
 

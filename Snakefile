@@ -20,13 +20,15 @@ STORY = {
     "02_decomposition": (MOONS, [], []),
     "03_dlsm":          (MOONS, [], ["moons/fig2"]),
     "04_moons":         (MOONS, [], ["moons/fig1", "moons/table1"]),
+    "05_cifar":         (IMAGES, [], ["{dataset}/fig6"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
-    "09_report":        (MOONS, ["03_dlsm", "04_moons", "08_ablations"], ["report"]),
+    "09_report":        (MOONS, ["03_dlsm", "04_moons", "05_cifar", "08_ablations"], ["report"]),
     "index":            (MOONS, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
 PRESET = config.get("preset", "demo")
-DATASETS = config.get("dataset", "moons").split(",")
+DATASETS = config.get("dataset", "moons,digits").split(",")
+if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 
 workdir: workflow.basedir
 
@@ -49,9 +51,22 @@ def executed(name, dataset):
     return f"runs/{PRESET}/notebooks/{dataset}/{name}.ipynb"
 
 
+def earlier(name, dataset):
+    "The notebooks to run before this one: on the same data, or if they are not for these data on all that were asked for."
+    known = {before: [d for d in STORY[before][0] if d in DATASETS] for before in STORY[name][1] if before in STORY}
+    return [executed(before, d) for before, datasets in known.items() for d in ([dataset] if dataset in datasets else datasets)]
+
+
 def takes(name, parameter):
     "Whether the notebook has this parameter."
     return any(re.search(rf"^{parameter}\b", source, flags=re.MULTILINE) for source, tags in cells(name) if "parameters" in tags)
+
+
+def placed(result, name):
+    "Where `dlsm.runs.figure_dir` puts a result: those of preset paper in a folder of their own; the report, which is about all, in none."
+    path = Path(result)
+    own = PRESET not in ("smoke", "demo") and takes(name, "preset") and len(path.parts) > 1
+    return path.parent / PRESET / path.name if own else path
 
 
 TARGETS = [(name, dataset) for name, (datasets, _, _) in STORY.items() for dataset in datasets if dataset in DATASETS]
@@ -69,10 +84,10 @@ for story, data in TARGETS:
         input:
             notebook = f"nbs/{story}.ipynb",
             modules = modules("\n".join(source for source, _ in cells(story))),
-            before = [executed(name, data) for name in STORY[story][1] if name in STORY],
+            before = earlier(story, data),
         output:
             notebook = executed(story, data),
-            results = [update(f"{figures}/{result.format(dataset=data)}.json") for result in STORY[story][2]],
+            results = [update(f"{figures}/{placed(result.format(dataset=data), story)}.json") for result in STORY[story][2]],
         threads: 1 if PRESET == "smoke" else 8  # on fewer cores: all of them
         params:
             python = sys.executable,
