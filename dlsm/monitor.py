@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_log', 'RunLog', 'free_memory', 'peak_memory', 'estimate']
 
-# %% ../nbs/13c_monitor.ipynb #e6d5a60b
+# %% ../nbs/13c_monitor.ipynb #473f1e6b
 import copy
 import json
 import math
@@ -19,7 +19,7 @@ from torch import nn
 
 from .runs import atomic_write
 
-# %% ../nbs/13c_monitor.ipynb #88488217
+# %% ../nbs/13c_monitor.ipynb #d3e806b6
 def read_log(
     folder:str|Path, # of a run
     last:float=math.inf, # steps after this one are left out
@@ -41,7 +41,7 @@ class RunLog:
     ):
         self.path = Path(folder) / "log.jsonl"
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in read_log(folder, step)))
-        try: from torch.utils.tensorboard import SummaryWriter
+        try: from torch.utils.tensorboard import SummaryWriter  # noqa: I001
         except ImportError: self.board = None
         else: self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
@@ -55,7 +55,7 @@ class RunLog:
         if self.board:
             for name, value in values.items(): self.board.add_scalar(name, value, step)
 
-# %% ../nbs/13c_monitor.ipynb #7176c9d5
+# %% ../nbs/13c_monitor.ipynb #ccd9d610
 def free_memory(
     device:torch.device, # CPU or CUDA
 )->float: # bytes; infinite where it is not known
@@ -75,7 +75,7 @@ def peak_memory(
     from resource import RUSAGE_SELF, getrusage  # not on Windows
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/13c_monitor.ipynb #80ebcf38
+# %% ../nbs/13c_monitor.ipynb #9f0bde56
 def _output_bytes(
     model:nn.Module, # to look into
     work:Callable[[nn.Module, int], object], # one forward and backward pass for so many images
@@ -138,6 +138,7 @@ def estimate(
     seconds = _seconds(model, work, at_once, weight.device) * math.ceil(share / at_once) if steps else 0.
     found = {"parameters": n, "seconds": steps * seconds, "images_per_s": batch / seconds if seconds else None, "bytes": need}
     print(f"{title}: {n:,} parameters, {n_images:,} images, {steps:,} steps of {batch}" + (f" on {processes} processes" if processes > 1 else ""))
-    if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s), {need / 1e6:,.0f} MB", flush=True)
+    if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s),"
+                    f" {need / 1e6:,.0f} MB", flush=True)
     else: print("  finished before", flush=True)
     return found

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'LOSSES', 'SPREAD', 'ALPHA', 'score_net', 'fit_scores', 'oracle_scores', 'likelihood_scores', 'distance',
            'curves', 'fit_classifiers', 'fit_sweep', 'sample_moons', 'methods', 'oracle_method', 'errors']
 
-# %% ../nbs/19_moons.ipynb #3c145a24
+# %% ../nbs/19_moons.ipynb #252f8e5b
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,9 +25,9 @@ from .presets import MoonsPreset
 from .runs import run_dir
 from .samplers import gaussian_noise, langevin, pc_sample
 from .schedule import VESchedule
-from .training import State, fit, step_generator
+from .training import State, fit
 
-# %% ../nbs/19_moons.ipynb #098248c6
+# %% ../nbs/19_moons.ipynb #22a743d0
 FORMS = {"paper": {}, "joint": {"joint": 64, "scale": 15., "log_sigma": True, "activation": nn.SiLU}}  # of `MLPClassifier`
 LOSSES = ("ce", "dlsm_prime", "total")  # the three of Fig. 5
 SPREAD = 14.  # standard deviation of a coordinate of the data, both axes together
@@ -39,7 +39,7 @@ def score_net(
     "Build one score model of the preset."
     return MLPScore() if preset.score_net == "paper" else EDMPrecond(MLPScore(joint=64, activation=nn.SiLU), sigma_data=SPREAD, mean=0.)
 
-# %% ../nbs/19_moons.ipynb #86422dc7
+# %% ../nbs/19_moons.ipynb #a8667818
 def _schedule(preset:MoonsPreset)->VESchedule: return VESchedule(preset.sigma_min, preset.sigma_max)
 
 
@@ -66,7 +66,7 @@ def _config(
     sampling = {"name", "n_samples", "n_real", "n_sampled_seeds", "n_burn", "n_levels", "k", "checkpoint_every", "sigma_eval", "steps_sweep", "lams", "powers"}
     return {k: v for k, v in dataclasses.asdict(preset).items() if k not in sampling} | more
 
-# %% ../nbs/19_moons.ipynb #1a759bb0
+# %% ../nbs/19_moons.ipynb #b482c907
 def fit_scores(
     preset:MoonsPreset, # settings
     seed:int, # of the first training; the others follow
@@ -86,7 +86,7 @@ def fit_scores(
     yield from fit(model, loss, preset.steps_prior, optimizer, seed, run_dir("moons", preset.name, f"scores-{seed}"), _config(preset, seed=seed),
                    decay=preset.lr_decay, ema=preset.ema, checkpoint_every=preset.checkpoint_every)
 
-# %% ../nbs/19_moons.ipynb #a6257c08
+# %% ../nbs/19_moons.ipynb #b32f311d
 def oracle_scores(
     preset:MoonsPreset, # the data set
     points:Tensor, # [B, 2]
@@ -117,7 +117,7 @@ def distance(
     "Average the Euclidean distance of two scores over the points."
     return (a.double() - b).norm(dim=-1).mean(-1)
 
-# %% ../nbs/19_moons.ipynb #fd360c95
+# %% ../nbs/19_moons.ipynb #af3bb7e3
 def _copies(
     net:Callable[[], nn.Module], # builds one
     seeds:Sequence[int], # of the initial weights
@@ -192,7 +192,7 @@ def fit_classifiers(
         if state.step < preset.eval_every and state.step & (state.step - 1) == 0: state.record.append({"step": state.step} | evaluate(state))
         yield state
 
-# %% ../nbs/19_moons.ipynb #364457b9
+# %% ../nbs/19_moons.ipynb #2e72e924
 def fit_sweep(
     preset:MoonsPreset, # settings, with the grid `lams` × `powers`
     form:str, # paper or joint, see `FORMS`
@@ -217,7 +217,7 @@ def fit_sweep(
                    _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep), decay=preset.lr_decay, ema=preset.ema,
                    evaluate=lambda state: measure([state.ema]), every=preset.steps_sweep, checkpoint_every=preset.checkpoint_every)
 
-# %% ../nbs/19_moons.ipynb #b040cebb
+# %% ../nbs/19_moons.ipynb #feae41b6
 def sample_moons(
     score:Score, # a posterior score
     n:int, # points
@@ -231,7 +231,7 @@ def sample_moons(
     levels = VESchedule(preset.sigma_eval, preset.sigma_max).levels(preset.n_levels + 1)[:-1]
     return pc_sample(score, x, levels, noise, final=preset.sigma_eval)
 
-# %% ../nbs/19_moons.ipynb #3f539786
+# %% ../nbs/19_moons.ipynb #08d7d0cb
 ALPHA = 10.  # the paper's scaling
 
 

@@ -6,20 +6,20 @@
 __all__ = ['MLP', 'MLPScore', 'MLPClassifier', 'Ensemble', 'map_members', 'seeded', 'NCSNpp', 'SigmaResNet', 'EDMPrecond',
            'PrecondClassifier']
 
-# %% ../nbs/12_networks.ipynb #9b4c0fdc
+# %% ../nbs/12_networks.ipynb #c55fc636
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from .ncsnpp import NCSNpp
-from .precond import EDMPrecond, PrecondClassifier
-from .resnet import SigmaResNet
+from .ncsnpp import NCSNpp  # noqa: F401 (given from here too)
+from .precond import EDMPrecond, PrecondClassifier  # noqa: F401
+from .resnet import SigmaResNet  # noqa: F401
 
 _all_ = ["NCSNpp", "SigmaResNet", "EDMPrecond", "PrecondClassifier"]
 
-# %% ../nbs/12_networks.ipynb #7bdd4465
+# %% ../nbs/12_networks.ipynb #6b77aa66
 def _layers(
     widths:Sequence[int], # number of features, input to output
     activation:type[nn.Module], # between the layers
@@ -54,7 +54,7 @@ class MLP(nn.Module):
         s = (sigma.log() / 4 if self.log_sigma else sigma)[:, None]
         return self.out(torch.cat([self.x_branch(x / self.scale), self.sigma_branch(s)], -1))
 
-# %% ../nbs/12_networks.ipynb #659e3e91
+# %% ../nbs/12_networks.ipynb #cfcf91ca
 class MLPScore(MLP):
     "The paper's score model for points: (x_noisy [B, n], sigma [B]) -> score [B, n]."
     def __init__(self,
@@ -71,7 +71,7 @@ class MLPClassifier(MLP):
         **kwargs, # of `MLP`
     ): super().__init__(n, n_classes, **kwargs)
 
-# %% ../nbs/12_networks.ipynb #ad35199d
+# %% ../nbs/12_networks.ipynb #40dec846
 class Ensemble(nn.Module):
     "Networks of one shape with their weights stacked, trained and evaluated together."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['team', 'process_device', 'add_up', 'any_process', 'gradients', 'dropout_seed']
 
-# %% ../nbs/13d_parallel.ipynb #3a599e1e
+# %% ../nbs/13d_parallel.ipynb #f995b85f
 import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/13d_parallel.ipynb #215b0fdd
+# %% ../nbs/13d_parallel.ipynb #16d45b65
 def team(
     device:torch.device, # of this process
 )->tuple[int, int]: # number of this process, number of processes
@@ -69,10 +69,11 @@ def gradients(
             value.backward()
             total = total + value.detach()
     except torch.OutOfMemoryError:
-        raise MemoryError(f"too little memory on {device} for {micro or n} images at a time: use smaller micro-batches (micro=…), another device or a smaller preset") from None
+        raise MemoryError(f"too little memory on {device} for {micro or n} images at a time:"
+                          " use smaller micro-batches (micro=…), another device or a smaller preset") from None
     return total
 
-# %% ../nbs/13d_parallel.ipynb #9ef07cb9
+# %% ../nbs/13d_parallel.ipynb #55a702d4
 @contextmanager
 def dropout_seed(
     seed:int, # of the step

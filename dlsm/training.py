@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_generator', 'lr_factor', 'State', 'fit', 'main']
 
-# %% ../nbs/13_training.ipynb #103cae7c
+# %% ../nbs/13_training.ipynb #e3e83b64
 import argparse
 import copy
 import math
@@ -21,7 +21,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .monitor import RunLog, peak_memory
 from .parallel import add_up, any_process, dropout_seed, gradients, team
 
-# %% ../nbs/13_training.ipynb #a20acc78
+# %% ../nbs/13_training.ipynb #e93ff5dc
 def step_generator(
     seed:int, # of the run
     step:int, # of this run
@@ -31,7 +31,7 @@ def step_generator(
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**63
     return torch.Generator(device).manual_seed(mixed ^ (mixed >> 31))
 
-# %% ../nbs/13_training.ipynb #dd78b2f3
+# %% ../nbs/13_training.ipynb #78e973d6
 def lr_factor(
     step:int, # 0-based
     steps:int, # in all
@@ -43,7 +43,7 @@ def lr_factor(
     ramp = min(1., (step + 1) / warmup) if warmup else 1.
     return ramp * (0.5 * (1 + math.cos(math.pi * step / steps)) if decay == "cosine" else 1.)
 
-# %% ../nbs/13_training.ipynb #8ce33a35
+# %% ../nbs/13_training.ipynb #25a49ca9
 @dataclass
 class State:
     "What `fit` yields after each finished step."
@@ -94,7 +94,8 @@ def fit(
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
 
     Stops with `FloatingPointError` when the loss is not finite, naming the step, its noise levels and the last good checkpoint; `ValueError` for a
-    checkpoint of another configuration; `MemoryError` if the device is too small. micro, bf16, `compiled`, and several processes (with `draw`) change the speed, not what is trained.
+    checkpoint of another configuration; `MemoryError` if the device is too small. micro, bf16, `compiled`, and several processes (with `draw`)
+    change the speed, not what is trained.
     """
     device, began = next(model.parameters()).device, time.monotonic()
     rank, processes = team(device) if draw else (0, 1)
@@ -120,7 +121,8 @@ def fit(
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
         if measured and evaluate: state.record.append({"step": state.step} | evaluate(state))
-        if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"], images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
+        if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
+                                     images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
         stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
         yield state
         if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {})
@@ -164,9 +166,10 @@ def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Calla
     levels = f" (σ from {batch['sigma'].min():.3g} to {batch['sigma'].max():.3g})" if "sigma" in batch else ""
     what, value = next((w, v) for w, v in zip(("loss", "norm of the gradient"), values[first].tolist()) if not math.isfinite(v))
     last = max(Path(folder).glob("step-*"), default=None) if folder else None
-    raise FloatingPointError(f"the {what} is {value} at step {step + 1}{levels}; last good checkpoint: {last.name if last else 'none'}; try a lower learning rate")
+    raise FloatingPointError(f"the {what} is {value} at step {step + 1}{levels}; last good checkpoint:"
+                             f" {last.name if last else 'none'}; try a lower learning rate")
 
-# %% ../nbs/13_training.ipynb #995aba7d
+# %% ../nbs/13_training.ipynb #cdde2238
 def main(
     arguments:list[str]|None=None, # None: those of the command line
 ):

@@ -19,8 +19,21 @@ from torch import nn
 from dlsm.data import image_data
 from dlsm.guidance import likelihood_score
 from dlsm.image_presets import IMAGES
-from dlsm.images import (LOSSES, batches, classifier_loss, classifier_net, crossing, fingerprint, fit_classifier, fit_score, load_classifier,
-                         load_score, score_loss, score_net, train)
+from dlsm.images import (
+    LOSSES,
+    batches,
+    classifier_loss,
+    classifier_net,
+    crossing,
+    fingerprint,
+    fit_classifier,
+    fit_score,
+    load_classifier,
+    load_score,
+    score_loss,
+    score_net,
+    train,
+)
 from dlsm.monitor import estimate, read_log
 from dlsm.parallel import gradients
 from dlsm.training import fit, step_generator
@@ -188,7 +201,8 @@ def test_wrong_names_are_one_line(arguments, told):
 
 
 def test_command_line(root, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "dlsm.training", "--preset", "dmo"], cwd=root, capture_output=True, text=True, env=os.environ | {"DLSM_ROOT": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-m", "dlsm.training", "--preset", "dmo"], cwd=root, capture_output=True, text=True,
+                          env=os.environ | {"DLSM_ROOT": str(tmp_path)})
     assert done.returncode == 1 and done.stderr.strip() == "ParameterError: preset = 'dmo' is not known for digits: smoke, demo"
 
 
