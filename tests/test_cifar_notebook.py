@@ -1,0 +1,96 @@
+"""The notebook of the image trainings: wrong parameters in one line each, and a small run on the real CIFAR-10, end to end."""
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.project
+
+WRONG = [  # injected parameters, a change of the world, the line
+    ({"dataset": "cifar"}, "", "dataset = 'cifar' is not allowed; did you mean cifar10? (dataset must be digits or cifar10 or cifar100)"),
+    ({"preset": "paper"}, "", "preset = 'paper' is not allowed (preset must be smoke or demo)"),
+    ({"dataset": "cifar100", "preset": "big"}, "", "preset = 'big' is not allowed (preset must be smoke or demo or paper)"),
+    ({"seed": -1}, "", "seed = -1 is not allowed"),
+    ({"stages": "3"}, "", "stages = '3' is not allowed (stages must be 1 or 2 or 1,2)"),
+    ({"device": "cuda:99"}, "", "device = 'cuda:99' is not on this machine"),
+    ({"datasett": "digits"}, "", "unknown parameter datasett; did you mean dataset?"),
+    ({"dataset": "cifar10", "data_dir": "nowhere"}, "", "data_dir = 'nowhere' is not a folder"),
+    ({"dataset": "cifar10", "data_dir": "empty"}, "", "empty holds neither cifar-10-batches-py/ nor cifar-10-python.tar.gz"),
+    ({"dataset": "cifar10", "data_dir": "damaged"}, "", "cifar-10-batches-py is damaged or incomplete: delete that folder"),
+    ({"dataset": "cifar10", "data_dir": "unreadable"}, "", "cannot be read or written (Permission denied): check data_dir"),
+    ({"stages": "2"}, "", "score-0 of digits, preset smoke, has not been trained: run `papermill nbs/05_cifar.ipynb"),
+    ({}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 1 on digits, preset smoke"),
+]
+LATE = WRONG[-2:]  # told by the cells that begin the work
+
+
+def source_of(notebook):
+    "The code of the notebook as far as the tests of parameters need it: imports, parameters, check, and the cells after it."
+    cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+    end = next(i for i, c in enumerate(cells) if "load_score(cfg" in c.source)
+    assert "parameters" in cells[1].metadata.tags and "check_parameters(" in cells[2].source
+    return [c.source for c in cells[:end + 1]]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    "Empty, damaged and unreadable data folders below an empty project."
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    monkeypatch.delenv("DLSM_DATA", raising=False)
+    (tmp_path/"empty").mkdir()
+    for name in ("damaged", "unreadable"):
+        (tmp_path/name/"cifar-10-batches-py").mkdir(parents=True)
+        (tmp_path/name/"cifar-10-batches-py/data_batch_1").write_bytes(b"no pickle")
+    (tmp_path/"unreadable/cifar-10-batches-py").chmod(0)
+    yield tmp_path
+    (tmp_path/"unreadable/cifar-10-batches-py").chmod(0o700)
+
+
+def test_wrong_parameters_are_one_line_each(root, folders):
+    "All in one kernel: the injected cell and the notebook's own cells, once for each mistake."
+    from nbclient import NotebookClient
+    everybody = os.access(folders/"unreadable/cifar-10-batches-py", os.R_OK)  # the superuser reads what is forbidden
+    cases = [case for case in WRONG if not (everybody and case[0].get("data_dir") == "unreadable")]
+    imports, parameters, check, *work = source_of(root/"nbs/05_cifar.ipynb")
+    sources = [imports]
+    for given, change, _ in cases:
+        injected = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in given.items())
+        later = [*work] if (given, change) in [case[:2] for case in LATE] else []
+        sources += [parameters, injected, *([change] if change else []), check, *later]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(folders)}}).execute()
+    errors = [output for cell in notebook.cells for output in cell.outputs if output.output_type == "error"]
+    told = [error for error in errors if error.ename == "ParameterError"]
+    for (given, _, line), error in zip(cases, told):
+        assert line in error.traceback[0] and len(error.traceback) == 1 and "\n" not in error.traceback[0], (given, error.traceback)
+    assert len(told) == len(cases) + 1  # stage 2 without a score model is told by the cell that loads it; the last case stops twice
+    assert not list(folders.glob("runs/**/step-*")) and not list(folders.glob("runs/**/*.json"))
+
+
+def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
+    "Both stages, in two calls: the second finds the score model of the first."
+    import papermill
+    data = os.environ.get("DLSM_DATA")
+    if not data or not Path(data, "cifar-10-batches-py").is_dir():
+        pytest.skip("needs CIFAR-10: set DLSM_DATA to the folder that holds cifar-10-batches-py/")
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+
+    def run(**parameters):
+        given = {"dataset": "cifar10", "device": "cpu"} | parameters
+        return papermill.execute_notebook(root/"nbs/05_cifar.ipynb", tmp_path/"out.ipynb", given, kernel_name="python3",
+                                          progress_bar=False, cwd=tmp_path)
+
+    first = run(stages="1")
+    assert not (tmp_path/"runs/smoke/figures").exists()
+    assert (tmp_path/"runs/cifar10/smoke/score-0/log.jsonl").exists()
+    assert any("stage 1 on cifar10, preset smoke" in output.get("text", "") for cell in first.cells for output in cell.get("outputs", []))
+    run(stages="2", data_dir=str(Path(data).resolve()))
+    result = json.loads((tmp_path/"runs/smoke/figures/cifar10/fig6.json").read_text(encoding="utf-8"))
+    values = result["values"]
+    assert result["dataset"] == "cifar10" and "smoke" in result["title"] and (tmp_path/"runs/smoke/figures/cifar10/fig6.png").exists()
+    assert len(values["sigmas"]) >= 12 and values["pixels"] == 3072 and values["memorises"][0] and not values["memorises"][-1]
+    assert {"ce", "scaling", "dlsm_prime", "total", "zero", "prior", "oracle"} == set(values["methods"]["p_sigma"])
+    zero, ten, one = (values["methods"]["p_sigma"][name]["D_L"]["mean"][-1][0] for name in ("zero", "scaling", "ce"))
+    assert 0 < zero < 1e-2 and ten > one > 0
