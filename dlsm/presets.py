@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOONS', 'MoonsPreset', 'ParameterError', 'check_parameters', 'pick_device']
 
-# %% ../nbs/17a_presets.ipynb #51a4fa6b
+# %% ../nbs/17a_presets.ipynb #ebbbf178
 import ast
 import difflib
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-# %% ../nbs/17a_presets.ipynb #d13d5364
+# %% ../nbs/17a_presets.ipynb #1b216483
 @dataclass(frozen=True)
 class MoonsPreset:
     "Settings of everything that is trained, sampled and measured on the inter-twining moons."
@@ -54,21 +54,21 @@ class MoonsPreset:
     sigma_eval:float = 7.5                 # the level at which errors and samples are taken
     k:int = 5                              # neighbours of precision and recall
 
-# %% ../nbs/17a_presets.ipynb #f42822f7
+# %% ../nbs/17a_presets.ipynb #885ed099
 MOONS = {p.name: p for p in (
     MoonsPreset(
         name="smoke", batch=128, steps_prior=150, steps=150, steps_joint=150, steps_sweep=60, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3,
         lr_joint=3e-3, n_seeds=2, eval_every=25, checkpoint_every=150, n_samples=500, n_real=500, n_sampled_seeds=1, n_burn=15, n_levels=5),
     MoonsPreset(
-        name="demo", batch=256, steps_prior=2_000, steps=5_000, steps_joint=3_000, steps_sweep=1_000, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3,
-        lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=100, n_samples=5_000, n_real=5_000, n_sampled_seeds=3, n_burn=30, n_levels=10),
+        name="demo", batch=256, steps_prior=2_000, steps=5_000, steps_joint=3_000, steps_sweep=600, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3,
+        lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=100, n_samples=5_000, n_real=5_000, n_sampled_seeds=2, n_burn=30, n_levels=10),
     MoonsPreset(
         name="paper", batch=4_000, steps_prior=40_000, steps=40_000, steps_joint=0, steps_sweep=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5,
         lr_total=1e-5, lr_joint=0., forms=("paper",), lr_decay="constant", ema=None, score_net="paper", stratified=False,
         n_seeds=5, eval_every=200, n_samples=10_000, n_real=5_000, n_sampled_seeds=5, n_burn=200, n_levels=100),
 )}
 
-# %% ../nbs/17a_presets.ipynb #f5803664
+# %% ../nbs/17a_presets.ipynb #d8c050f9
 class ParameterError(ValueError):
     "A parameter of a notebook that is not allowed; Jupyter shows it as one line."
     def _render_traceback_(self): return [f"ParameterError: {self}"]
@@ -133,7 +133,7 @@ def check_parameters(
             hint = _close(value, rule) if isinstance(value, str) and isinstance(rule, (tuple, list, dict)) else ""
             raise ParameterError(f"{name} = {value!r} is not allowed{hint} ({name} must be {_told(rule)})")
 
-# %% ../nbs/17a_presets.ipynb #ad070d4f
+# %% ../nbs/17a_presets.ipynb #b9749e3a
 def pick_device(
     device:str|None=None, # cpu, cuda, cuda:1, mps; None: CUDA if there is one, else the CPU
 ) -> torch.device: # a device that exists
