@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IMAGES', 'ScoreSettings', 'ClassifierSettings', 'ImagePreset']
 
-# %% ../nbs/17c_image_presets.ipynb #dd0281f4
+# %% ../nbs/17c_image_presets.ipynb #1b6018da
 from dataclasses import dataclass
 
-# %% ../nbs/17c_image_presets.ipynb #f7b0975a
+# %% ../nbs/17c_image_presets.ipynb #165a6e0e
 @dataclass(frozen=True)
 class ScoreSettings:
     "Stage 1: the score model and its training. The defaults are the paper's."
@@ -67,7 +67,7 @@ class ImagePreset:
     stratified:bool = True     # spread the levels of a batch evenly over log σ
     log_every:int = 100        # steps between two lines of the log
     checkpoint_every:int = 500  # steps between two checkpoints
-    bf16:bool = False          # mixed precision on a GPU
+    bf16:bool = False          # mixed precision on a GPU, in stage 1 only (see `dlsm.images`)
     compiled:bool = False      # compile on a GPU
 
 
@@ -76,7 +76,7 @@ def _preset(dataset:str, name:str, score:dict, classifier:dict, **more)->ImagePr
     n_classes, channels, image_size = {"digits": (10, 1, 8), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}[dataset]
     return ImagePreset(name, dataset, n_classes, channels, image_size, ScoreSettings(**score), ClassifierSettings(**classifier), **more)
 
-# %% ../nbs/17c_image_presets.ipynb #e2a844a1
+# %% ../nbs/17c_image_presets.ipynb #3e672510
 _SCORE = dict(dropout=0., fourier_scale=2., warmup=50, decay="cosine", t_min=0.)
 _CLASSIFIER = dict(norm="group", fourier_scale=2., warmup=50, decay="cosine", ema=0.995, t_min=0., power=1., reduce="sum")
 _DIGITS = dict(sigma_max=8., sigma_data=0.42)
@@ -98,7 +98,7 @@ for _name in ("cifar10", "cifar100"):
         _preset(_name, "smoke", _SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
                 _CLASSIFIER | dict(width=4, batch=16, steps=6, lr=1e-3, warmup=2), log_every=2, checkpoint_every=5, **_CIFAR),
         _preset(_name, "demo", _SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
-                _CLASSIFIER | dict(width=32, batch=256, steps=4_000, lr=1e-3, warmup=200), **_CIFAR_DEMO),
+                _CLASSIFIER | dict(width=32, batch=256, steps=3_000, lr=1e-3, warmup=200), **_CIFAR_DEMO),
         _preset(_name, "paper", {}, _deep, stratified=False, log_every=500, checkpoint_every=5_000),
     )
 IMAGES = {dataset: {preset.name: preset for preset in presets} for dataset, presets in IMAGES.items()}
