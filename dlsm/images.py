@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'score_net', 'classifier_net', 'batches', 'score_loss', 'classifier_loss', 'fingerprint', 'fit_score',
            'fit_classifier', 'load_score', 'load_classifier', 'train', 'crossing']
 
-# %% ../nbs/13b_images.ipynb #6cebae01
+# %% ../nbs/13b_images.ipynb #263241c7
 import dataclasses
 import hashlib
 import shutil
@@ -33,7 +33,7 @@ from .runs import ParameterError, pick_device, progress, run_dir
 from .schedule import VESchedule
 from .training import State, fit, step_generator
 
-# %% ../nbs/13b_images.ipynb #e9ce583d
+# %% ../nbs/13b_images.ipynb #f2bc92ba
 def score_net(
     preset:ImagePreset, # says which
 )->nn.Module: # a `Score`
@@ -51,7 +51,7 @@ def classifier_net(
     net = SigmaResNet(c.depth, preset.n_classes, preset.channels, c.norm, c.width, fourier_scale=c.fourier_scale)
     return PrecondClassifier(net, preset.sigma_data) if preset.sigma_data is not None else net
 
-# %% ../nbs/13b_images.ipynb #1b373af7
+# %% ../nbs/13b_images.ipynb #41e2e5cc
 def batches(
     images:Images, # on the device
     preset:ImagePreset, # range of σ
@@ -72,7 +72,7 @@ def batches(
         return {"x": x, "y": images.y[index], "sigma": sigma, "noise": torch.randn(x.shape, generator=generator, device=device)}
     return draw
 
-# %% ../nbs/13b_images.ipynb #f1c3673b
+# %% ../nbs/13b_images.ipynb #0a13e80c
 LOSSES = ("ce", "dlsm_prime", "total")
 
 
@@ -99,7 +99,7 @@ def classifier_loss(
         return total_loss(model, score, x, y, sigma, noise, settings.lam, **weighting)
     return loss
 
-# %% ../nbs/13b_images.ipynb #97fad618
+# %% ../nbs/13b_images.ipynb #d0f25276
 def fingerprint(
     net:nn.Module, # any
 )->str: # 16 hexadecimal digits
@@ -152,7 +152,7 @@ def _train(
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
                    micro=micro, bf16=bf16, compiled=preset.compiled and fast, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
 
-# %% ../nbs/13b_images.ipynb #4212bb80
+# %% ../nbs/13b_images.ipynb #ae137cb1
 def fit_score(
     preset:ImagePreset, # settings, from `IMAGES`
     images:Images, # of `image_data`, on the device
@@ -226,7 +226,7 @@ def load_classifier(
     config = _classifier_config(preset, loss, seed, score)
     return _finished(classifier_net(preset), preset, f"classifier-{loss}-{seed}", config, preset.classifier.steps).to(device)
 
-# %% ../nbs/13b_images.ipynb #6382b43e
+# %% ../nbs/13b_images.ipynb #e2ef187b
 def train(
     dataset:str, # digits, cifar10 or cifar100
     preset:str, # smoke, demo or paper
@@ -251,7 +251,7 @@ def train(
     for state in progress(steps, stage, total) if rank == 0 else steps: pass
     if rank == 0: print(f"{stage}: {state.step:,} of {total:,} steps" + ("" if state.step == total else "; run again to go on"), flush=True)
 
-# %% ../nbs/13b_images.ipynb #c5c4dd25
+# %% ../nbs/13b_images.ipynb #35b7c019
 def crossing(
     classifier:Classifier, # in the mode to be measured
     x_noisy:Tensor, # noisy images [B, C, H, W]
