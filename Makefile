@@ -8,6 +8,10 @@ PYTHON =
 python = .venv/bin/python
 new_enough = -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 
+# glibc returns a training's large tensors to the system in every step and asks for them again; kept, steps on a CPU take two thirds of the time.
+export MALLOC_MMAP_THRESHOLD_ = 1073741824
+export MALLOC_TRIM_THRESHOLD_ = 4294967296
+
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
