@@ -28,7 +28,7 @@ from .schedule import VESchedule
 from .training import State, fit
 
 # %% ../nbs/19_moons.ipynb #22a743d0
-FORMS = {"paper": {}, "joint": {"joint": 64, "scale": 15., "log_sigma": True, "activation": nn.SiLU}}  # of `MLPClassifier`
+FORMS = {"paper": {}, "joint": {"widths": (128, 64), "joint": 64, "scale": 15., "log_sigma": True, "activation": nn.SiLU}}  # of `MLPClassifier`
 LOSSES = ("ce", "dlsm_prime", "total")  # the three of Fig. 5
 SPREAD = 14.  # standard deviation of a coordinate of the data, both axes together
 

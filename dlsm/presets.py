@@ -60,7 +60,7 @@ MOONS = {p.name: p for p in (
         name="smoke", batch=128, steps_prior=150, steps=150, steps_joint=150, steps_sweep=60, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3,
         lr_joint=3e-3, n_seeds=2, eval_every=25, checkpoint_every=150, n_samples=500, n_real=500, n_sampled_seeds=1, n_burn=15, n_levels=5),
     MoonsPreset(
-        name="demo", batch=192, steps_prior=1_500, steps=5_000, steps_joint=2_500, steps_sweep=600, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3,
+        name="demo", batch=192, steps_prior=1_500, steps=4_500, steps_joint=3_500, steps_sweep=600, lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3,
         lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=100, n_samples=5_000, n_real=5_000, n_sampled_seeds=2, n_burn=30, n_levels=10),
     MoonsPreset(
         name="paper", batch=4_000, steps_prior=40_000, steps=40_000, steps_joint=0, steps_sweep=40_000, lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5,
