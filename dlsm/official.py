@@ -113,7 +113,7 @@ def _read(
         with torch.serialization.safe_globals(_NUMPY):
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             saved = None if refused else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as e:  # a damaged pickle may raise any of them
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:  # a damaged pickle may raise any of them
         raise ValueError(f"{path} is an archive, but not a checkpoint of torch.save: {str(e).partition(chr(10))[0]}") from None
     if refused: raise ValueError(f"{path} was not loaded, since it wants to use {', '.join(sorted(refused))}: weights need nothing of the kind")
     if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
@@ -128,8 +128,9 @@ def _average(
 ) -> dict[str, Tensor]: # the averaged tensors by our names
     "Give the moving average its names."
     names, wanted, ema = _trained(net), net.state_dict(), saved.get("ema")
-    if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list): raise ValueError(f"{path} holds no moving average of the weights (ema)")
-    shadow = ema["shadow_params"]
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if not isinstance(shadow, list) or not all(isinstance(tensor, Tensor) for tensor in shadow):
+        raise ValueError(f"{path} holds no moving average of the weights (ema with shadow_params)")
     if len(shadow) != len(names): raise ValueError(f"{path} holds averages of {len(shadow)} tensors; the network has {len(names)} that are trained")
     averaged = dict(zip(names, shadow))
     _same({f"the average of {name}": tensor for name, tensor in averaged.items()}, {f"the average of {name}": wanted[name] for name in names}, path)

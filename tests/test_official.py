@@ -217,6 +217,7 @@ CHANGES = {  # change of the small score model's file: words of the error
     "no tensor": (lambda s: s["model"].update({FIRST: 3}), "more than tensors"),
     "no prefix": (lambda s: s.update(model={k.removeprefix("module."): v for k, v in s["model"].items()}), "lacks tensor module.sigmas"),
     "no average": (drop("ema"), "no moving average"),
+    "average of numbers": (lambda s: s["ema"].update(shadow_params=[1.]*276), "no moving average"),
     "short average": (lambda s: s["ema"]["shadow_params"].pop(), "averages of 275 tensors; the network has 276"),
     "shifted average": (lambda s: s["ema"]["shadow_params"].insert(0, s["ema"]["shadow_params"].pop()), "the average of all_modules.1.weight"),
     "no model": (drop("model"), "no state dict named model"),
