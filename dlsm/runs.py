@@ -80,11 +80,13 @@ def need(
     notebook:str,  # that notebook's name, such as 04_moons
     **parameters,  # the parameters to run it with
 ) -> Path: # the same path, which exists
-    "Return `path`, or raise a `FileNotFoundError` that says how to make it."
+    "Return `path`, or raise a `FileNotFoundError` that says how to make it, or where a known checkpoint is published."
+    from dlsm.registry import advice  # it imports this module
     path = Path(path)
     if path.exists(): return path
     root = find_root()
     shown = path.relative_to(root) if path.is_relative_to(root) else path
+    if published := advice(path): raise FileNotFoundError(f"{shown.as_posix()} is missing: {published}")
     given = "".join(f" -p {name} {value}" for name, value in parameters.items())
     raise FileNotFoundError(f"{shown.as_posix()} is missing: run `papermill nbs/{notebook}.ipynb out.ipynb -k python3{given}` first")
 

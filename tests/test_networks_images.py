@@ -1,10 +1,8 @@
 """The networks for images: published names and outputs, double backward, sizes, mixed precision, preconditioning."""
-import json
-import math
 
-import numpy as np
 import pytest
 import torch
+from parity import PARITY, bar_in_float32, case, fill, published_names, relative_error
 from torch import nn
 
 from dlsm.dsm import dsm_loss
@@ -14,54 +12,15 @@ from dlsm.precond import EDMPrecond, PrecondClassifier, edm_coefficients
 from dlsm.resnet import BatchNorm, SigmaResNet
 from dlsm.schedule import expand
 
-PARITY = {  # name: (network, shape and phase of x, sigma, bar)
-    "ncsnpp_small": (lambda: NCSNpp(nf=16, num_res_blocks=1), (2, 3, 32, 32), 0, (0.05, 7.), 2e-5),
-    "ncsnpp_cifar": (NCSNpp, (1, 3, 32, 32), 1, (0.7,), 2e-5),
-    "resnet18": (SigmaResNet, (2, 3, 32, 32), 2, (0.1, 3.), 1e-5),
-    "resnet34": (lambda: SigmaResNet(34, 100), (2, 3, 32, 32), 2, (0.1, 3.), 1e-5),
-}
-
-
-@torch.no_grad()
-def fill(net):
-    "Fill the weights by the rule of the parity data."
-    for i, (name, tensor) in enumerate(net.state_dict().items()):
-        if not tensor.is_floating_point() or name == "sigmas": continue
-        a = torch.cos(0.37*torch.arange(tensor.numel(), dtype=torch.float64) + i).reshape(tensor.shape)
-        if tensor.ndim >= 2: a = a*math.sqrt(2*len(tensor)/tensor.numel())*(1000 if ".dense_" in name else 1)
-        elif name == "all_modules.0.W" or name.endswith("condition_modules.0.W"): a = 16*a
-        else: a = 0.1*a + (1 if name.endswith(("weight", "running_var")) else 0)
-        tensor.copy_(a)
-    return net.eval()
-
-
-def wave(shape, phase):
-    return (0.5 + 0.5*torch.sin(0.11*torch.arange(math.prod(shape), dtype=torch.float64) + phase)).float().reshape(shape)
-
-
-def relative_error(a, b): return ((a - b).flatten(1).norm(dim=1)/b.flatten(1).norm(dim=1)).max().item()
-
-
-@pytest.fixture(scope="module")
-def published(root):
-    folder = root/"tests/data"
-    return json.loads((folder/"parity_keys.json").read_text()), np.load(folder/"parity_nets.npz")
-
-
 # ---- the published networks
 
 @pytest.mark.parametrize("name", PARITY)
-def test_published_names_shapes_and_outputs(published, name):
-    build, shape, phase, sigma, bar = PARITY[name]
-    net = build()
-    assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == published[0][name]
-    net, x, sigma, out = fill(net), wave(shape, phase), torch.tensor(sigma), torch.from_numpy(published[1][name])
-    # The rule gives the ResNets embeddings a thousand times larger than their features. What cancels costs digits, so that float32
-    # rounds to about 1e-5 (ResNet-18), differently on each processor: the bar holds for AVX-512 kernels, and in float64 anywhere.
-    exact = bar if "resnet" not in name or torch.backends.cpu.get_cpu_capability() == "AVX512" else 4*bar
+def test_published_names_shapes_and_outputs(name):
+    net, (x, sigma, out) = PARITY[name][0](), case(name)
+    assert [(k, tuple(v.shape)) for k, v in net.state_dict().items()] == list(published_names(name).items())
     with torch.no_grad():
-        assert relative_error(net(x, sigma), out) < exact
-        assert relative_error(net.double()(x.double(), sigma.double()), out) < bar
+        assert relative_error(fill(net)(x, sigma), out) < bar_in_float32(name)
+        assert relative_error(net.double()(x.double(), sigma.double()), out) < PARITY[name][-1]
 
 
 def test_parameter_counts():
