@@ -22,7 +22,7 @@ STORY = {
     "04_moons":         (MOONS, [], ["moons/fig1", "moons/table1"]),
     "05_cifar":         (IMAGES, [], ["{dataset}/fig6"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
-    "09_report":        (MOONS, ["03_dlsm", "04_moons", "05_cifar", "08_ablations"], ["report"]),
+    "09_report":        (MOONS, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations"], ["report"]),
     "index":            (MOONS, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}

@@ -74,14 +74,14 @@ class Claim:
                 "judged": self.judged, "ok": None if size is None or not bounds else self.low <= size <= self.high}
 
 # %% ../nbs/17b_verdicts.ipynb #154faeb0
-VERDICTS = ("within tolerance", "shape only", "not yet")
+VERDICTS = ("within tolerance", "shape only", "not yet", "stand-in")
 
 
 def verdict(
     numbers:Iterable[dict], # of `number`
     claims:Iterable[dict], # of `Claim.check`
-)->tuple[str, str]: # one of `VERDICTS`, and why
-    "Judge a result that exists."
+)->tuple[str, str]: # one of the first three of `VERDICTS`, and why
+    "Judge a result on the paper's data."
     judged = [n for n in numbers if n["ok"] is not None]
     failing = [c["claim"] for c in claims if c["judged"] and c["ok"] is False]
     if failing: return "not yet", "does not hold: " + "; ".join(failing)
