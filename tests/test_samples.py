@@ -12,7 +12,6 @@ import types
 import pytest
 import torch
 
-from dlsm.checkpoints import save_checkpoint
 from dlsm.image_presets import IMAGES
 from dlsm.images import classifier_net, fingerprint, score_net
 from dlsm.networks import seeded
@@ -178,14 +177,8 @@ def test_published_checkpoints_are_loaded_where_a_path_is_given(monkeypatch):
     assert found is score and asked == [("s.pth", "digits"), ("ce.pth", "digits"), ("total.pth", "digits")] and {*nets} == {"base", "scaling", "dlsm"}
 
 
-def test_the_command_line_draws_a_set(capsys, runs):
-    "From finished trainings."
-    from dlsm.images import _classifier_config, _config
-    score, classifier = (seeded(lambda net=net: net(SMOKE), 0) for net in (score_net, classifier_net))
-    for name, net, config, steps in (("score-0", score, _config(SMOKE, SMOKE.score, stage="score", seed=0), SMOKE.score.steps),
-                                     *((f"classifier-{loss}-0", classifier, _classifier_config(SMOKE, loss, 0, score), SMOKE.classifier.steps) for loss in ("ce", "total"))):
-        weights = {k: v.clone() for k, v in net.state_dict().items()}
-        save_checkpoint(runs/"runs/digits/smoke"/name, steps, {"model": weights, "ema": weights}, {}, config, [])
+def test_the_command_line_draws_a_set(capsys, untrained):
+    untrained()
     main(["--method", "scaling", "--n-per-class", "2", "--sampler", "2m-3", "--device", "cpu"])
     assert capsys.readouterr().out.strip().endswith("scaling-2m-3-0/shard-00000.safetensors")
     assert load_samples(sample_dir("digits", "smoke", "scaling", sampler="2m-3")).meta["alpha"] == 10.

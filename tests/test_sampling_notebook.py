@@ -1,4 +1,4 @@
-"""The notebook of sampling: wrong parameters in one line each, and its default run after a training of a few steps."""
+"""The notebook of sampling: wrong parameters in one line each, and its default run."""
 import json
 
 import nbformat
@@ -38,14 +38,13 @@ def test_wrong_parameters_are_one_line_each(root, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("runs/**/*.json"))
 
 
-def test_default_run_after_the_trainings(root, tmp_path, monkeypatch):
-    "Few images, so that it stays short; the sets and results are those that other notebooks read."
+def test_default_run(root, tmp_path, monkeypatch, untrained):
+    "Few images of untrained networks, so that it stays short; the sets and results are those that other notebooks read."
     import papermill
 
     from dlsm.samples import load_samples, sample_dir
-    from dlsm.training import main
     monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
-    for stage in ("score", "ce", "total"): main(["--stage", stage, "--device", "cpu"])
+    untrained()
     papermill.execute_notebook(root/"nbs/06_sampling.ipynb", tmp_path/"out.ipynb", {"device": "cpu", "n_per_class": 2, "sampler": "2m-5"},
                                kernel_name="python3", progress_bar=False, cwd=tmp_path)
     for method, alpha in (("base", None), ("scaling", None), ("dlsm", None), ("base", 10.), ("dlsm", 1.)):
