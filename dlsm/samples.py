@@ -205,7 +205,7 @@ def make_samples(
             "sigma_min": image.sigma_min, "sigma_max": image.sigma_max, "seed": seed, "n_classes": image.n_classes, "n_per_class": n, "shard": settings.shard,
             "checkpoints": {"score": fingerprint(score), "classifier": fingerprint(classifier)}}
     _describe(folder, meta)
-    if bf16: score, classifier = in_bf16(score), in_bf16(classifier)
+    if bf16: score = in_bf16(score)  # not the classifier: rounding ruins its gradient (`dlsm.images`)
     rank, processes = team(device)
     for number, (first, end) in list(enumerate(_ranges(meta)))[rank::processes]:
         path, began = _shard(folder, number), time.monotonic()

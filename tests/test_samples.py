@@ -150,7 +150,7 @@ def test_checkpoints_of_another_data_set_are_refused():
 
 
 def test_missing_stages_say_which_notebook_to_run(runs):
-    with pytest.raises(FileNotFoundError, match="runs/digits/demo/samples/dlsm-heun-18-0 is missing: run `papermill nbs/06_sampling.ipynb .* -p preset demo` first"):
+    with pytest.raises(FileNotFoundError, match="runs/digits/demo/samples/dlsm-2m-18-0 is missing: run `papermill nbs/06_sampling.ipynb .* -p preset demo` first"):
         load_samples(sample_dir("digits", "demo", "dlsm"))
     with pytest.raises(FileNotFoundError, match="score-0 of digits, preset smoke, has not been trained: run `papermill nbs/05_cifar.ipynb"): load_networks(SMOKE)
     with pytest.raises(SystemExit, match="FileNotFoundError: score-0 of digits"): main([])
