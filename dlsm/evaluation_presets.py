@@ -46,7 +46,7 @@ EVALUATION = {
 }
 for _name in ("cifar10", "cifar100"):
     EVALUATION[_name] = (
-        EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=32),
+        EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=64),
         EvaluationPreset("demo", _name, CASSettings(batch=256, steps=4_000, lr=1e-3, **_SHORT), replicates=50, size=96),
         EvaluationPreset("paper", _name),
     )
