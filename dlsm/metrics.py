@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROWS', 'CLAIMS', 'feature_network', 'row_titles', 'measure', 'Measured', 'measure_halves', 'estimate',
            'estimate_accuracy', 'class_differences', 'MethodClaim', 'check_claim', 'Features', 'Network', 'cas',
-           'classwise', 'fid', 'fid_curve', 'inception_score', 'nearest', 'prdc', 'prdc_points', 'radii', 'see',
-           'stored']
+           'classwise', 'fid', 'fid_curve', 'images_digest', 'inception_score', 'nearest', 'prdc', 'prdc_points',
+           'radii', 'see', 'stored']
 
 # %% ../nbs/15_metrics.ipynb #5a949222
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .cas import cas, digits_classifier, fit_cas  # noqa: F401 (given from here too)
+from .cas import cas, digits_classifier, fit_cas, images_digest  # noqa: F401 (given from here too)
 from .classwise import check_balanced, classwise, released  # noqa: F401
 from .data import Images
 from .features import INCEPTION, Features, Network, efficientnet, fid_name, inception, inception_path, paired, pixels, score_name, see, stored  # noqa: F401
@@ -23,7 +23,7 @@ from .frechet import fid, fid_curve, frechet_distance, inception_score, moments 
 from .intervals import accuracy_draws, halves, interval
 from .neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii  # noqa: F401
 
-_all_ = ["Features", "Network", "cas", "classwise", "fid", "fid_curve", "inception_score", "nearest", "prdc", "prdc_points", "radii", "see", "stored"]
+_all_ = ["Features", "Network", "cas", "classwise", "fid", "fid_curve", "images_digest", "inception_score", "nearest", "prdc", "prdc_points", "radii", "see", "stored"]
 
 # %% ../nbs/15_metrics.ipynb #313cf6fd
 NETWORKS = {"digits": ("pixels", "classifier"), "cifar10": ("inception", "efficientnet"), "cifar100": ("inception", "efficientnet")}
