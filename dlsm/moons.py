@@ -229,7 +229,7 @@ def sample_moons(
     x = 25 * torch.randn(n, 2, generator=generator, device=generator.device)
     x = langevin(score, x, preset.sigma_max, preset.n_burn, 0.3, noise)
     levels = VESchedule(preset.sigma_eval, preset.sigma_max).levels(preset.n_levels + 1)[:-1]
-    return pc_sample(score, x, levels, noise, final=preset.sigma_eval)
+    return pc_sample(score, x, levels, noise=noise, final=preset.sigma_eval)
 
 # %% ../nbs/19_moons.ipynb #08d7d0cb
 ALPHA = 10.  # the paper's scaling
