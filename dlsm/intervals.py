@@ -18,8 +18,9 @@ def halves(
     replicates:int, # how many halves
     seed:int, # of the draws
 )->list[Tensor]: # indices of each half, sorted
-    "Draw random halves of a set without replacement, of each class half its images."
+    "Draw random halves of a set without replacement, of each class half its images (where a class has but one, of all of them)."
     generator, groups = torch.Generator().manual_seed(seed), [(y.cpu() == c).nonzero()[:, 0] for c in y.unique().tolist()]
+    if min(map(len, groups)) < 2: groups = [torch.arange(len(y))]
     def half(group): return group[torch.randperm(len(group), generator=generator)[:len(group) // 2]]
     return [torch.cat([half(group) for group in groups]).sort().values for _ in range(replicates)]
 

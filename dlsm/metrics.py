@@ -168,5 +168,5 @@ def check_claim(
     holds = claim.sign * value > 0 and min(claim.sign * end for end in ends) > 0
     against = max(claim.sign * end for end in ends) < 0
     why = ("the whole interval has the claimed sign" if holds else "the whole interval has the opposite sign" if against else
-           f"the interval contains 0: {'the sign is as claimed, but ' if claim.sign * value > 0 else ''}so many images cannot tell")
+           f"the interval contains 0: {'the sign is as claimed, but ' if claim.sign * value > 0 else ''}these images cannot tell")
     return found | {"difference": value, "low": ends[0], "high": ends[1], "holds": holds, "why": why}

@@ -155,6 +155,7 @@ def test_released_protocol():
 def test_halves_are_halves_of_each_class():
     y = torch.tensor([0] * 10 + [1] * 7 + [2] * 4)
     for half in halves(y, 5, 0): assert y[half].bincount().tolist() == [5, 3, 2] and len(half.unique()) == 10
+    assert [len(half) for half in halves(torch.arange(9), 2, 0)] == [4, 4]
     assert not torch.equal(*halves(y, 2, 0)) and torch.equal(halves(y, 2, 0)[1], halves(y, 2, 0)[1])
 
 
