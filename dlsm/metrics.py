@@ -96,7 +96,7 @@ def measure_halves(
     parts = [measure(real.take(i), fake.take(j), k, splits, by_class) for i, j in pairs]
     return Measured(*measure(real, fake, k, splits, by_class), *map(list, zip(*parts)))
 
-
+# %% ../nbs/15_metrics.ipynb #901e000a
 def estimate(
     found:Measured, # of a method
     row:str, # of `ROWS` but CAS
@@ -122,7 +122,7 @@ def estimate_accuracy(
     low, high = interval(value, draws)
     return {"value": value, "low": low, "high": high}
 
-
+# %% ../nbs/15_metrics.ipynb #901e000b
 def class_differences(
     found:Measured, # a method
     base:Measured, # another method, which is subtracted
@@ -137,7 +137,7 @@ def class_differences(
                        "low": (value - spread)[order].tolist(), "high": (value + spread)[order].tolist()}
     return table
 
-# %% ../nbs/15_metrics.ipynb #901e000d
+# %% ../nbs/15_metrics.ipynb #901e0010
 @dataclass(frozen=True)
 class MethodClaim:
     "A difference to base that the paper finds."

@@ -182,7 +182,7 @@ def prdc_points(
     found = {"precision": (balls > 0).double(), "recall": recalled, "density": balls / k, "coverage": covered}
     return {name: found[name] for name in PRDC if name in only}
 
-
+# %% ../nbs/15c_neighbours.ipynb #f3f6000b
 def prdc(
     real:Tensor|Features, # real points or features [N, D]
     fake:Tensor|Features, # generated points or features [M, D]
@@ -197,7 +197,7 @@ def prdc(
     """
     return {name: values.mean().item() for name, values in prdc_points(real, fake, k, only, inclusive).items()}
 
-# %% ../nbs/15c_neighbours.ipynb #f3f6000e
+# %% ../nbs/15c_neighbours.ipynb #f3f6000f
 def expected_coverage(
     n:int, # real points
     m:int, # generated points
