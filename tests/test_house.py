@@ -104,6 +104,11 @@ def test_tracked_files_name_nothing_of_the_machine(root, tracked):
 
 # ---- requirements
 
+def all_requirements(settings):
+    "Those of the library and of its extras, in the order of settings.ini."
+    return [wanted for key in settings if key.endswith("requirements") for wanted in settings[key].split()]
+
+
 def test_lock_satisfies_settings(root, settings):
     locked = {}
     for line in (root/"requirements.lock").read_text(encoding="utf-8").splitlines():
@@ -111,7 +116,7 @@ def test_lock_satisfies_settings(root, settings):
         (pin,) = requirement.specifier
         assert pin.operator == "==" and requirement.url is None, line
         locked.setdefault(canonicalize_name(requirement.name), []).append((pin.version, requirement.marker))
-    for wanted in map(Requirement, f"{settings['requirements']} {settings['dev_requirements']}".split()):
+    for wanted in map(Requirement, all_requirements(settings)):
         versions = locked.get(canonicalize_name(wanted.name), [])
         assert versions and all(wanted.specifier.contains(version) for version, _ in versions), f"run `make lock`: {wanted}"
         for python in ("3.11", "3.12", "3.13"):
@@ -122,7 +127,7 @@ def test_lock_satisfies_settings(root, settings):
 def test_environment_lists_the_same_requirements(root, settings):
     dependencies = yaml.safe_load((root/"environment.yml").read_text(encoding="utf-8"))["dependencies"]
     (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    assert pip == f"{settings['requirements']} {settings['dev_requirements']}".split()
+    assert pip == all_requirements(settings)
 
 
 def test_modules_import_only_what_the_library_requires(root, settings):
@@ -182,7 +187,7 @@ def test_wheel_in_an_empty_environment(copy, settings, tmp_path):
     assert any(n.endswith("/LICENSE") for n in names) and "License-Expression: Apache-2.0" in metadata
     assert {p.relative_to(copy).as_posix() for p in copy.glob("dlsm/*") if p.is_file()} <= set(names)
     required = [Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    for key, extra in (("requirements", ""), ("dev_requirements", "dev")):
+    for key, extra in (("requirements", ""), ("evaluation_requirements", "evaluation"), ("dev_requirements", "dev")):
         expected = {(r.name, r.specifier) for r in map(Requirement, settings[key].split())}
         assert {(r.name, r.specifier) for r in required if extra in str(r.marker or "") and bool(r.marker) == bool(extra)} == expected
 

@@ -1,0 +1,197 @@
+"""Precision, recall, density and coverage: equal to prdc and torch-fidelity, exact, chunked, on known distributions; halves and claims."""
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dlsm import neighbours
+from dlsm.classwise import check_balanced, classwise, released, stream
+from dlsm.features import Features
+from dlsm.intervals import accuracy_draws, halves, interval
+from dlsm.metrics import CLAIMS, ROWS, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
+from dlsm.neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii
+
+
+def random(*shape, seed=0, dtype=torch.float32): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def features(x, y=None, network="plane", logits=None):
+    y = torch.arange(len(x)) % 10 if y is None else y
+    return Features(x, y, network, logits=logits, scorer=network if logits is not None else None)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize(("d", "k"), ((2, 5), (64, 3), (512, 3)))
+def test_prdc_equals_the_reference(dtype, d, k):
+    compute = pytest.importorskip("prdc").compute_prdc
+    real, fake = random(2000, d, dtype=dtype), 0.9 * random(2000, d, seed=1, dtype=dtype) + 0.05
+    ours, theirs = prdc(real, fake, k), compute(real.numpy(), fake.numpy(), k)
+    for name in PRDC: assert ours[name] == pytest.approx(theirs[name], abs=1e-12), name
+
+
+def test_rim_inside_equals_torch_fidelity():
+    reference = pytest.importorskip("torch_fidelity.metric_prc").calculate_precision_recall_full
+    lattice = torch.randint(0, 3, (2, 400, 5), generator=torch.Generator().manual_seed(0)).double()
+    ours = prdc(*lattice, 3, ["precision", "recall"], inclusive=True)
+    assert (ours["precision"], ours["recall"]) == pytest.approx(reference(lattice[1], lattice[0], 3), abs=1e-6)  # its means are float32
+    assert prdc(*lattice, 3)["precision"] < ours["precision"]
+
+
+@pytest.mark.parametrize("budget", (50, 1000, 2**21))
+def test_chunks_do_not_matter(monkeypatch, budget):
+    real, fake = random(130, 7), random(90, 7, seed=1)
+    whole = prdc_points(real, fake, 4)
+    monkeypatch.setattr(neighbours, "BUDGET", budget)
+    assert all(torch.equal(whole[name], values) for name, values in prdc_points(real, fake, 4).items())
+
+
+def test_each_metric_alone():
+    real, fake = random(300, 8), random(200, 8, seed=1)
+    together = prdc(real, fake, 3)
+    for name in PRDC: assert prdc(real, fake, 3, [name]) == {name: together[name]}
+    points = prdc_points(real, fake, 3)
+    assert [len(points[name]) for name in PRDC] == [200, 300, 200, 300]
+    assert all(points[name].mean().item() == together[name] for name in PRDC)
+
+
+def test_exact_where_float32_is_not():
+    "A cloud so far from the origin that float32 products see nothing, and near ties that only float64 tells apart."
+    far = random(400, 16, dtype=torch.float64) + 1e6
+    fake = random(400, 16, seed=1, dtype=torch.float64) + 1e6
+    assert prdc(far, fake, 3) == prdc(far - 1e6, fake - 1e6, 3)
+    line = torch.tensor([[0.], [1.], [2.], [3.]], dtype=torch.float64)
+    for shift, inside in ((1e-12, 0.), (-1e-12, 1.)):  # 1 beyond or before the rim of the ball about 3
+        assert prdc(line, torch.full((2, 1), 4. + shift, dtype=torch.float64), 1, ["precision"])["precision"] == inside
+
+
+def test_copies_and_duplicates():
+    real, one = random(200, 12), random(1, 12, seed=2).expand(200, -1)
+    found = prdc(real, one, 3)
+    assert found["recall"] == 0 and found["precision"] in (0., 1.)
+    assert radii(one, 3).max() == 0
+    assert prdc(real, real, 5) == dict.fromkeys(PRDC, 1.)
+
+
+def test_radii_and_nearest():
+    a, b = random(100, 9, dtype=torch.float64), random(150, 9, seed=1, dtype=torch.float64)
+    d = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, index = nearest(a, b)
+    assert torch.equal(index, d.argmin(1)) and torch.allclose(distance, d.min(1).values, rtol=1e-12)
+    own = torch.cdist(b, b, compute_mode="donot_use_mm_for_euclid_dist").sort(1).values
+    assert torch.allclose(radii(b, 4), own[:, 4], rtol=1e-12)
+
+
+def test_expected_coverage_and_mode_collapse():
+    values = [prdc(random(400, 6, seed=i), random(500, 6, seed=100 + i), 3, ["coverage"])["coverage"] for i in range(30)]
+    assert np.mean(values) == pytest.approx(expected_coverage(400, 500, 3), abs=4 * np.std(values) / 30**0.5)
+    assert expected_coverage(50_000, 50_000, 3) == pytest.approx(0.875, abs=1e-4)
+    centres = 20 * random(8, 10, seed=7)
+    def sample(modes, seed): return centres[torch.arange(800) % modes] + random(800, 10, seed=seed)
+    whole, collapsed = (prdc(sample(8, 1), sample(modes, 2), 3) for modes in (8, 2))
+    assert abs(collapsed["precision"] - whole["precision"]) < 0.06 and collapsed["recall"] < 0.3 * whole["recall"] < whole["recall"]
+
+
+def test_memory_depends_on_the_tile_not_on_the_square():
+    "The working memory for twice the points grows like the points, far below N² numbers (256 MB and 1 GB)."
+    code = ("import sys, resource, os, torch; from dlsm.neighbours import prdc; n = int(sys.argv[1]); a, b = torch.randn(2, n, 8); prdc(a[:99], b[:99], 3);"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; prdc(a, b, 3); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    small, large = (int(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True).stdout) / 1024 for n in (4000, 8000))
+    assert large < 150 and large - small < 50, (small, large)
+
+
+@pytest.mark.gpu
+def test_prdc_on_a_gpu():
+    real, fake = random(3000, 64), random(3000, 64, seed=1)
+    assert prdc(real.cuda(), fake.cuda(), 3) == prdc(real, fake, 3)
+
+
+@pytest.mark.parametrize(("call", "told"), (
+    (lambda: prdc(random(10, 3), random(10, 4)), "real has shape (10, 3) and fake (10, 4); expected [N, D] and [M, D]"),
+    (lambda: prdc(random(4, 3), random(9, 3), 4), "k=4 with 4 points of real: a k-th neighbour among the others needs 0 < k < number of points"),
+    (lambda: prdc(random(9, 3), random(9, 3) / 0, 4), "fake (9, 3) has values that are NaN or infinite"),
+    (lambda: prdc(random(9, 3).long(), random(9, 3), 4), "real (9, 3) has dtype torch.int64; expected features, floating-point numbers"),
+    (lambda: prdc(random(9, 3), random(9, 3), 4, ["precison"]), "no such metric: precison; there are precision, recall, density, coverage"),
+    (lambda: prdc(features(random(20, 3)), features(random(20, 3), network="space"), 3),
+     "real features are from plane (weights none) and fake ones from space (weights none): only features of one network can be compared"),
+    (lambda: check_balanced(torch.tensor([0, 0, 1])), "class 1 has 1 generated images and class 0 has 2: metrics depend on the number; take as many of each class, "
+     "or say balanced=False"),
+    (lambda: classwise(features(random(30, 3)), features(random(30, 3))), "class 0 has 3 real and 3 generated images; k=3 needs at least 4 of each"),
+))
+def test_mistakes_are_one_line_each(call, told):
+    with pytest.raises(ValueError) as error: call()
+    assert str(error.value) == told
+
+
+# ---- class by class
+
+def test_classwise_is_prdc_of_each_class():
+    real, fake = features(random(400, 6)), features(random(300, 6, seed=1))
+    found = classwise(real, fake, 3)
+    for c in found["classes"]:
+        own = prdc(real.x[real.y == c], fake.x[fake.y == c], 3)
+        assert all(found[name][c] == own[name] for name in PRDC)
+    assert found["average"]["recall"] == pytest.approx(np.mean(found["recall"])) and found["dropped"] == [] and found["n_fake"] == [30] * 10
+    assert classwise(real, fake.take(torch.arange(299)), balanced=False)["n_fake"][9] == 29
+
+
+def test_released_protocol():
+    index = stream(5000, 0)
+    assert len(index) == 5000 and 4600 < len(index.unique()) < 4700  # 93% distinct, as of 50,000
+    assert not torch.equal(index, stream(5000, 1)) and torch.equal(index, stream(5000, 0))
+    real = features(random(2000, 6), torch.arange(2000) % 100)
+    fake = features(random(1200, 6, seed=1), torch.arange(1200) % 100)
+    _, kept = released(real, fake)
+    assert len(kept) == 1000 and kept.y.max() == 83 and (kept.y == 83).sum() == 4 and (kept.y == 82).sum() == 12
+    found = classwise(real, fake, 3, as_released=True)
+    assert found["dropped"][-16:] == list(range(84, 100)) and 82 in found["classes"]
+    with pytest.raises(ValueError, match="metrics depend on the number"): classwise(real, kept)
+
+
+# ---- intervals
+
+def test_halves_are_halves_of_each_class():
+    y = torch.tensor([0] * 10 + [1] * 7 + [2] * 4)
+    for half in halves(y, 5, 0): assert y[half].bincount().tolist() == [5, 3, 2] and len(half.unique()) == 10
+    assert [len(half) for half in halves(torch.arange(9), 2, 0)] == [4, 4]
+    assert not torch.equal(*halves(y, 2, 0)) and torch.equal(halves(y, 2, 0)[1], halves(y, 2, 0)[1])
+
+
+def test_intervals_have_the_right_size():
+    "The spread over halves is the standard error of the whole sample, for a mean."
+    x = random(1000, 1)[:, 0]
+    low, high = interval(x.mean().item(), [x[h].mean().item() for h in halves(torch.zeros(1000), 400, 0)])
+    assert (high - low) / 2 == pytest.approx(1.96 * x.std().item() / 1000**0.5, rel=0.12)
+    right = torch.rand(3, 500, generator=torch.Generator().manual_seed(0)) < 0.7
+    assert accuracy_draws(right, 500, 0).mean() == pytest.approx(right.double().mean().item(), abs=0.01)
+    assert estimate_accuracy(right, right)["value"] == 0 and estimate_accuracy(right, right)["high"] == 0  # the same draws for both
+
+
+def test_measure_and_differences():
+    y = torch.arange(300) % 10
+    real, good, poor = (features(random(300, 5, seed=i) * scale, y, logits=random(300, 10, seed=i)) for i, scale in ((0, 1), (1, 1), (2, 3)))
+    rows, classes = measure(real, good)
+    assert set(rows) == set(ROWS) - {"CAS"} and rows["cw_recall"] == classes["average"]["recall"]
+    a, b = (measure_halves(real, fake, 3, 1, 8, 0) for fake in (good, poor))
+    difference = estimate(b, "precision", a)
+    assert difference["value"] == b.rows["precision"] - a.rows["precision"] and difference["high"] < 0
+    assert estimate(a, "FID", a) == {"value": 0, "low": 0, "high": 0}
+    table = class_differences(b, a)
+    assert np.mean(table["density"]["value"]) == pytest.approx(b.rows["cw_density"] - a.rows["cw_density"])
+    assert all(low <= value <= high for row in table.values() for low, value, high in zip(row["low"], row["value"], row["high"]))
+    few = measure_halves(real.take(torch.arange(40)), good.take(torch.arange(30)), 3, 1, 2, 0, by_class=False)
+    assert estimate(few, "cw_recall") is None and math.isfinite(estimate(few, "FID")["value"])
+
+
+def test_names_and_claims():
+    assert row_titles("Inception-v3 (FID)", "Inception-v3 (FID)")["FID"] == "FID" and row_titles("Inception-v3 (FID)", "Inception-v3 (FID)")["IS"] == "IS"
+    other = row_titles("pixels", "digits classifier")
+    assert other["FID"] == "Fréchet distance, pixels" and other["IS"] == "Inception-like score, digits classifier" and other["cw_recall"] == "(CW) Recall"
+    assert list(other) == list(ROWS) and len(CLAIMS) == 10
+    claim = next(c for c in CLAIMS if c.row == "FID")
+    assert check_claim(claim, {"value": -1., "low": -2., "high": -0.1})["holds"] is True
+    assert check_claim(claim, {"value": -1., "low": -2., "high": 0.1})["why"].startswith("the interval contains 0: the sign is as claimed")
+    assert check_claim(claim, {"value": 1., "low": 0.5, "high": 2.})["why"] == "the whole interval has the opposite sign"
+    assert check_claim(claim, None)["holds"] is None
