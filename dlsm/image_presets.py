@@ -88,7 +88,7 @@ IMAGES = {
     "digits": (
         _preset("digits", "smoke", _DIGITS_SCORE | dict(nf=16, steps=100, warmup=10), _CLASSIFIER | dict(width=8, batch=64, steps=60, lr=2e-3, warmup=10),
                 log_every=10, checkpoint_every=50, **_DIGITS),
-        _preset("digits", "demo", _DIGITS_SCORE | dict(steps=1_200), _CLASSIFIER | dict(width=16, batch=64, steps=700, lr=2e-3),
+        _preset("digits", "demo", _DIGITS_SCORE | dict(steps=1_200), _CLASSIFIER | dict(width=16, batch=64, steps=450, lr=2e-3),
                 log_every=50, checkpoint_every=250, **_DIGITS),
     ),
 }
