@@ -126,7 +126,7 @@ def check_printed(result, beside):
 
 def check_table2(result, beside):
     "Check Table 2: numbers that the paper prints for the same data and features, and the claims that `07_evaluation` judged by their intervals."
-    claims = [{"claim": c["claim"], "measure": f"{c['row']}, difference to base", "paper": c["paper"], "ours": c["difference"],
+    claims = [{"claim": c["claim"].replace("FID", c["row"].replace("_", " ")), "measure": f"{c['row']}, difference to base", "paper": c["paper"], "ours": c["difference"],
                "rule": "the 95% interval has the sign", "judged": True, "ok": c["holds"]} for c in result["values"].get("claims", ())]
     shown = [n for n in check_printed(result, beside)[0] if n["name"] != "CAS" or preset_of(result) == "paper"]  # elsewhere its net is trained for less
     return shown, claims
