@@ -187,7 +187,7 @@ def _classifier_config(preset:ImagePreset, loss:str, seed:int, score:nn.Module)-
     "Identify a training of stage 2. Cross-entropy needs no score model."
     return _config(preset, preset.classifier, stage=loss, seed=seed, score=None if loss == "ce" else fingerprint(score))
 
-
+# %% ../nbs/13b_images.ipynb #e58fab9c
 def _finished(
     net:nn.Module, # built, on the device
     preset:ImagePreset, # the run's

@@ -156,7 +156,7 @@ ITEMS = (
     Item("Fig. 5", "score error and cross-entropy over training", "moons", "fig5", "08_ablations", check_fig5),
 )
 
-
+# %% ../nbs/17d_report.ipynb #4ebf8d13
 def _row(item, result, results):
     "Judge one result of an item."
     def beside(id):

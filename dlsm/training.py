@@ -129,7 +129,7 @@ def fit(
         if stop: return
         if logged or not log_every and (measured or kept): recent, since = [], time.monotonic()
 
-
+# %% ../nbs/13_training.ipynb #ff151436
 def _backward(
     state:State, # gets the loss of the whole batch
     loss:Callable[..., Tensor], # as in `fit`
