@@ -119,6 +119,11 @@ def _config(
     return {k: v for k, v in vars(preset).items() if k not in speed} | dataclasses.asdict(settings) | more
 
 
+def _layout(config:dict)->torch.memory_format: # of `_config`
+    "Put channels last, which is half as fast again on a CPU too; but with fewer than 8 channels its kernels all but stand still."
+    return torch.channels_last if config.get("nf", config.get("width")) % 8 == 0 else torch.contiguous_format
+
+
 def _train(
     title:str, # of the training
     net:Callable[[], nn.Module], # builds the network
@@ -139,7 +144,7 @@ def _train(
     fast, (rank, processes) = device.type == "cuda", team(device)
     if tuple(images.x.shape[1:]) != (preset.channels, preset.image_size, preset.image_size): raise ValueError(
         f"images have shape {tuple(images.x.shape[1:])}; preset {preset.name} of {preset.dataset} is for {(preset.channels, preset.image_size, preset.image_size)}")
-    model = seeded(net, seeds[0]).to(device, memory_format=torch.channels_last)  # on a CPU, too, half as fast again
+    model = seeded(net, seeds[0]).to(device, memory_format=_layout(config))
     draw, bf16 = batches(images, preset, settings, seeds[1]), preset.bf16 and fast and isinstance(settings, ScoreSettings)
     if not resume and rank == 0: shutil.rmtree(folder)
     any_process(False, processes, device)  # all wait until it is removed
@@ -202,7 +207,7 @@ def _finished(
         raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, {there}: run `papermill nbs/05_cifar.ipynb out.ipynb -k python3 "
                                 f"-p dataset {preset.dataset} -p preset {preset.name}` first")
     net.load_state_dict(saved["weights"].get("ema", saved["weights"]["model"]))
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=_layout(config))
 
 
 def load_score(

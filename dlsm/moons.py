@@ -148,7 +148,7 @@ def curves(
         return {"d_l": d_l.tolist(), "ce": ce.tolist()}
     return measure
 
-# %% ../nbs/19_moons.ipynb #591e8222
+# %% ../nbs/19_moons.ipynb #59df4ac3
 def fit_classifiers(
     preset:MoonsPreset, # settings
     form:str, # paper or joint, see `FORMS`
