@@ -79,6 +79,13 @@ def test_notebooks_hold_no_error_and_one_parameters_cell(root):
         if re.match("0[4-8]_", path.name): assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1, path.name
 
 
+def test_notebooks_leave_the_root_as_it_was(root):
+    "Several run in one process: a notebook that moves the root for its checks puts it back."
+    for path in root.glob("nbs/1*.ipynb"):
+        source = "".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        if 'environ["DLSM_ROOT"] =' in source: assert re.search(r'del os.environ\["DLSM_ROOT"\]|environ.pop\("DLSM_ROOT"\)', source), path.name
+
+
 def test_every_story_notebook_has_a_rule(root):
     rules = (root/"Snakefile").read_text(encoding="utf-8")
     assert not [p.stem for p in root.glob("nbs/0*.ipynb") if f'"{p.stem}":' not in rules]
