@@ -1,7 +1,7 @@
 """From notebooks to figures: a rule runs one notebook with papermill and names what it writes.
 
     make reproduce                                  # the same as
-    snakemake --cores all --config preset=demo      # presets: smoke, demo, paper
+    snakemake --cores all --config preset=demo      # presets: smoke, demo, paper; for CIFAR without a GPU also cpu
     snakemake --cores all moons/04_moons            # one notebook, after those that it needs
 
 The executed notebooks land in runs/<preset>/notebooks/. A notebook runs again when it, a module that it imports, or a notebook
@@ -31,6 +31,7 @@ STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs
 PRESET = config.get("preset", "demo")
 DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
+if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
 
 workdir: workflow.basedir
 
@@ -67,7 +68,7 @@ def takes(name, parameter):
 def placed(result, name):
     "Where `dlsm.runs.figure_dir` puts a result: those of preset paper in a folder of their own; the report, which is about all, in none."
     path = Path(result)
-    own = PRESET not in ("smoke", "demo") and takes(name, "preset") and len(path.parts) > 1
+    own = PRESET not in ("smoke", "demo", "cpu") and takes(name, "preset") and len(path.parts) > 1
     return path.parent / PRESET / path.name if own else path
 
 

@@ -24,7 +24,7 @@ class CASSettings:
 @dataclass(frozen=True)
 class EvaluationPreset:
     "Settings of everything that is measured on generated images."
-    name:str                   # smoke, demo or paper
+    name:str                   # smoke, cpu (CIFAR), demo or paper
     dataset:str                # digits, cifar10 or cifar100
     cas:CASSettings = CASSettings()  # of the classification accuracy score
     n_cas:int = 1              # trainings of each of these nets: mean and spread are over them
@@ -47,6 +47,7 @@ EVALUATION = {
 for _name in ("cifar10", "cifar100"):
     EVALUATION[_name] = (
         EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=64),
+        EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), replicates=10, size=64),
         EvaluationPreset("demo", _name, CASSettings(batch=256, steps=4_000, lr=1e-3, **_SHORT), replicates=50, size=96),
         EvaluationPreset("paper", _name),
     )

@@ -54,7 +54,7 @@ class ClassifierSettings:
 @dataclass(frozen=True)
 class ImagePreset:
     "Settings of both stages on one set of images."
-    name:str                   # smoke, demo or paper
+    name:str                   # smoke, cpu (CIFAR), demo or paper
     dataset:str                # digits, cifar10 or cifar100
     n_classes:int              # classes
     channels:int               # of an image
@@ -97,6 +97,8 @@ for _name in ("cifar10", "cifar100"):
     IMAGES[_name] = (
         _preset(_name, "smoke", _SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
                 _CLASSIFIER | dict(width=4, batch=16, steps=6, lr=1e-3, warmup=2), log_every=2, checkpoint_every=5, **_CIFAR),
+        _preset(_name, "cpu", _SCORE | dict(nf=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, batch=128, steps=3_000, lr=2e-3, warmup=100, ema=0.995),
+                _CLASSIFIER | dict(width=16, batch=64, steps=1_000, lr=2e-3), log_every=50, checkpoint_every=250, **_CIFAR),
         _preset(_name, "demo", _SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
                 _CLASSIFIER | dict(width=32, batch=256, steps=3_000, lr=1e-3, warmup=200), **_CIFAR_DEMO),
         _preset(_name, "paper", {}, _deep, stratified=False, log_every=500, checkpoint_every=5_000),

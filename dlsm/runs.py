@@ -71,7 +71,7 @@ def figure_dir(
 ) -> Path: # the folder; `save_result` makes it
     "Return the folder for figures and tables."
     above = ["runs", "smoke"] if preset == "smoke" else []
-    below = [] if preset in (None, "demo", "smoke") else [preset]
+    below = [] if preset in (None, "demo", "cpu", "smoke") else [preset]  # what `demo` gives replaces what `cpu` gave
     return find_root().joinpath(*above, "figures", dataset or "", *below)
 
 # %% ../nbs/17_runs.ipynb #77f16208

@@ -15,7 +15,7 @@ LOSS_OF = {"base": "ce", "scaling": "ce", "dlsm": "total"}  # method -> the loss
 @dataclass(frozen=True)
 class SamplingPreset:
     "Settings of everything that is sampled. The defaults are the paper's."
-    name:str                    # smoke, demo or paper
+    name:str                    # smoke, cpu (CIFAR), demo or paper
     dataset:str                 # digits, cifar10 or cifar100
     n_per_class:int             # images of each class and method
     n_frontier:int              # … of each class, classifier and α of `alphas`
@@ -53,6 +53,8 @@ for _name, _k in (("cifar10", 10), ("cifar100", 100)):
     SAMPLING[_name] = (
         SamplingPreset("smoke", _name, n_per_class=30 // _k or 1, n_frontier=1, n_compare=1, compared=("heun-3", "2m-3", "pc-3"),
                        **_FAST | dict(sampler="heun-3", shard=20, alphas=(1.,))),
+        SamplingPreset("cpu", _name, n_per_class=10_000 // _k, n_frontier=500 // _k, n_compare=100 // _k,
+                       compared=("heun-5", "heun-9", "2m-6", "2m-12", "2m-24", "pc-24", "pc-100"), **_FAST | dict(sampler="2m-12")),
         SamplingPreset("demo", _name, n_per_class=10_000 // _k, n_frontier=2_000 // _k, n_compare=500 // _k, **_CIFAR),
         SamplingPreset("paper", _name, n_per_class=50_000 // _k, n_frontier=5_000 // _k, n_compare=1_000 // _k, compared=_CIFAR["compared"]),
     )

@@ -98,7 +98,8 @@ def test_the_best_network_at_hand(digits, tmp_path, monkeypatch):
     assert (seen.network, seen.scorer) == ("pixels", "digits classifier") and seen.x.max() <= 1
     assert (seen.logits.argmax(1) == digits.y_test).double().mean() > 0.95
     hidden = see(feature_network("classifier", "digits", digits, tmp_path/"net"), digits.x_test[:5], digits.y_test[:5])
-    assert hidden.x.shape == (5, 128) and torch.equal(hidden.logits, seen.logits[:5]) and hidden.network == hidden.scorer == "digits classifier"
+    assert hidden.x.shape == (5, 128) and hidden.network == hidden.scorer == "digits classifier"
+    torch.testing.assert_close(hidden.logits, seen.logits[:5], atol=1e-4, rtol=1e-4)  # other batch sizes, other kernels: not the same bits
 
 
 # ---- stored features

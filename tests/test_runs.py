@@ -61,6 +61,7 @@ def test_root(root, tmp_path, monkeypatch):
 def test_each_preset_has_its_own_folders(home):
     folders = [figure_dir("moons", preset) for preset in ("smoke", "demo", "paper", "mine")]
     assert len(set(folders)) == 4 and figure_dir("moons") == figure_dir("moons", "demo") == home/"figures/moons"
+    assert figure_dir("cifar10", "cpu") == figure_dir("cifar10", "demo")  # which a run on a GPU replaces
     assert folders[0] == home/"runs/smoke/figures/moons" and not folders[0].exists()
     assert run_dir("moons", "demo", "prior").is_dir()
 
