@@ -32,6 +32,7 @@ def classwise(
     balanced:bool=True, # refuse unequal numbers of generated images
     as_released:bool=False, # protocol of the released code, see `released`
     seed:int=0, # of the reference stream of that protocol
+    distance:bool=True, # the Fréchet distance too; it takes longest where there are more features than images
 )->dict: # classes, dropped (classes with too few images), n_real, n_fake, precision, …, fid, each [classes], and their averages
     """Compute precision, recall, density, coverage and the Fréchet distance within each class, and their averages (CW).
 
@@ -47,9 +48,10 @@ def classwise(
             dropped.append(c)
             continue
         classes.append(c)
-        rows.append(prdc(own, theirs, k) | {"fid": frechet_distance(moments(own), moments(theirs)), "n_real": len(own), "n_fake": len(theirs)})
-    found = {name: [row[name] for row in rows] for name in (*PRDC, "fid", "n_real", "n_fake")}
-    average = {name: sum(found[name]) / len(rows) for name in (*PRDC, "fid")}
+        apart = {"fid": frechet_distance(moments(own), moments(theirs))} if distance else {}
+        rows.append(prdc(own, theirs, k) | apart | {"n_real": len(own), "n_fake": len(theirs)})
+    found = {name: [row[name] for row in rows] for name in rows[0]}
+    average = {name: sum(found[name]) / len(rows) for name in (*PRDC, *apart)}
     return {"classes": classes, "dropped": dropped, **found, "average": average}
 
 # %% ../nbs/15d_classwise.ipynb #769f0007

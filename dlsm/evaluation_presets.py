@@ -47,7 +47,7 @@ EVALUATION = {
 for _name in ("cifar10", "cifar100"):
     EVALUATION[_name] = (
         EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=64),
-        EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), replicates=10, size=64),
+        EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), replicates=10, n_real=10_000, size=64),
         EvaluationPreset("demo", _name, CASSettings(batch=256, steps=4_000, lr=1e-3, **_SHORT), replicates=50, size=96),
         EvaluationPreset("paper", _name),
     )

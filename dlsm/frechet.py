@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED', 'Moments', 'moments', 'frechet_distance', 'fid', 'fid_cu
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,6 +24,13 @@ class Moments:
     n: int  # images
     mean: Tensor  # [D], float64
     cov: Tensor  # [D, D], float64, with n − 1
+
+    @cached_property
+    def root(self)->Tensor: # [D, rank], float64
+        "Give a factor of the covariance, cov = root rootᵀ, without what is rounding error; it is found once."
+        values, vectors = torch.linalg.eigh(self.cov)
+        kept = values > len(self.cov) * 2.3e-16 * values[-1].clamp(min=0)
+        return vectors[:, kept] * values[kept].sqrt()
 
 
 def moments(
@@ -42,21 +50,12 @@ def moments(
     return Moments(n, mean, total / (n - 1))
 
 # %% ../nbs/15b_frechet.ipynb #e19e0006
-def _roots(cov:Tensor)->tuple[Tensor, Tensor]:
-    "Give the eigenvalues of a covariance that are no rounding errors, and their eigenvectors."
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > len(cov) * 2.3e-16 * values[-1].clamp(min=0)
-    return values[kept], vectors[:, kept]
-
-
 def frechet_distance(
     a:Moments, # of one set
     b:Moments, # of the other
 )->float: # ≥ 0
     "Compute the squared Fréchet distance of two Gaussians; covariances may be of any rank."
-    values, vectors = _roots(a.cov)
-    factor = vectors * values.sqrt()
-    product = torch.linalg.eigvalsh(factor.T @ b.cov @ factor)
+    product = torch.linalg.eigvalsh(a.root.T @ b.cov @ a.root)
     product = product[product > len(a.cov) * 2.3e-16 * product.max()] if len(product) else product
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * product.sqrt().sum()
     return max(distance.item(), 0.)

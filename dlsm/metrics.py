@@ -65,11 +65,12 @@ def measure(
     k:int=3, # neighbours
     splits:int=10, # parts of the score
     by_class:bool=True, # class-wise metrics too, which need more than k images of each class
+    distance:bool=True, # … with the Fréchet distance
 )->tuple[dict[str, float], dict|None]: # rows of Table 2 but CAS; what `classwise` gives
     "Compute all metrics of features. Raises `ValueError`, one line, as `prdc`, `inception_score` and `classwise` do."
     paired(real, fake)
     rows = {"FID": frechet_distance(moments(real), moments(fake)), "IS": inception_score(fake, splits)[0]} | prdc(real, fake, k)
-    classes = classwise(real, fake, k) if by_class else None
+    classes = classwise(real, fake, k, distance=distance) if by_class else None
     return rows | ({f"cw_{name}": classes["average"][name] for name in PRDC} if classes else {}), classes
 
 # %% ../nbs/15_metrics.ipynb #f95ca4ef
@@ -93,7 +94,7 @@ def measure_halves(
 )->Measured:
     "Compute all metrics of features, on the whole sets and on halves."
     pairs = zip(halves(real.y, replicates, seed), halves(fake.y, replicates, seed + 1))
-    parts = [measure(real.take(i), fake.take(j), k, splits, by_class) for i, j in pairs]
+    parts = [measure(real.take(i), fake.take(j), k, splits, by_class, distance=False) for i, j in pairs]
     return Measured(*measure(real, fake, k, splits, by_class), *map(list, zip(*parts)))
 
 # %% ../nbs/15_metrics.ipynb #901e000a

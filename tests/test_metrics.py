@@ -135,6 +135,7 @@ def test_classwise_is_prdc_of_each_class():
         assert all(found[name][c] == own[name] for name in PRDC)
     assert found["average"]["recall"] == pytest.approx(np.mean(found["recall"])) and found["dropped"] == [] and found["n_fake"] == [30] * 10
     assert classwise(real, fake.take(torch.arange(299)), balanced=False)["n_fake"][9] == 29
+    assert classwise(real, fake, 3, distance=False)["average"] == {name: found["average"][name] for name in PRDC}
 
 
 def test_released_protocol():
