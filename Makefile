@@ -22,6 +22,9 @@ reproduce: .venv/.ready ## run the notebooks that are not up to date and write f
 test: .venv/.ready ## check everything: exported code, notebooks, tests, every notebook once, the package
 	@$(python) -m pytest --durations=10
 
+verify: .venv/.ready ## run everything in a fresh clone and compare every value with the committed ones (PRESET DATASET CORES)
+	@$(python) -m dlsm.verify --preset $(PRESET) --dataset $(DATASET) --cores $(CORES)
+
 lab: .venv/.ready ## open JupyterLab on the index
 	@$(python) -m jupyter lab nbs/index.ipynb
 
@@ -54,4 +57,4 @@ clean: ## remove smoke runs, caches and built packages; trained models, data and
 	else install="$(python) -m pip install --quiet --disable-pip-version-check --use-pep517"; fi; \
 	$$install --no-deps -r requirements.lock; $$install --no-deps -e .; touch $@
 
-.PHONY: help reproduce test lab bench export readme lock clean
+.PHONY: help reproduce test verify lab bench export readme lock clean
