@@ -22,6 +22,7 @@ from .data import Images, batch_indices, flip, image_data, to_unit
 from .dsm import Score, dsm_loss, perturb
 from .guidance import Classifier
 from .image_presets import IMAGES, ClassifierSettings, ImagePreset, ScoreSettings
+from .kept import load_kept
 from .losses import ce_loss, dlsm_loss, total_loss
 from .monitor import estimate
 from .ncsnpp import NCSNpp
@@ -200,13 +201,16 @@ def _finished(
     config:dict, # identifies the training
     steps:int, # it should have
 )->nn.Module: # trained, in eval mode, frozen
-    "Load the network of a finished training."
-    saved = load_checkpoint(run_dir(preset.dataset, preset.name, name), config)
-    if not saved or saved["step"] < steps:
-        there = f"stopped at step {saved['step']:,} of {steps:,}" if saved else "has not been trained"
+    "Load the network of a finished training, or the kept weights (`dlsm.kept`) where none was begun, and say so."
+    folder = run_dir(preset.dataset, preset.name, name)
+    saved, (kept, where) = load_checkpoint(folder, config), (None, "")
+    if not any(folder.glob("step-*")): kept, where = load_kept(f"{preset.dataset}/{preset.name}/{name}", config)
+    if kept: print(f"{name}: {where}", flush=True)
+    elif not saved or saved["step"] < steps:
+        there = f"stopped at step {saved['step']:,} of {steps:,}" if saved else "has not been trained" + (f" ({where})" if where else "")
         raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, {there}: run `papermill nbs/05_cifar.ipynb out.ipynb -k python3 "
                                 f"-p dataset {preset.dataset} -p preset {preset.name}` first")
-    net.load_state_dict(saved["weights"].get("ema", saved["weights"]["model"]))
+    net.load_state_dict(kept or saved["weights"].get("ema", saved["weights"]["model"]))
     return net.eval().requires_grad_(False).to(memory_format=_layout(config))
 
 
