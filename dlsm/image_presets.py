@@ -27,6 +27,7 @@ class ScoreSettings:
     flips:bool = True          # mirror half of the images
     t_min:float = 1e-3         # levels are σ_min (σ_max/σ_min)^t with t uniform in [t_min, 1]
     power:float = 1.           # residuals are multiplied by σ^power
+    balance:float|None = None  # b multiplies the loss by 1 + (σ/b)², so that with b the images' standard deviation all levels weigh the same; None: 1, as in the paper
     reduce:str = "sum"         # over the pixels
 
 
@@ -82,6 +83,7 @@ _CLASSIFIER = dict(norm="group", fourier_scale=2., warmup=50, decay="cosine", em
 _DIGITS = dict(sigma_max=8., sigma_data=0.42)
 _DIGITS_SCORE = _SCORE | dict(nf=24, ch_mult=(1, 2), num_res_blocks=1, batch=64, flips=False, lr=2e-3, ema=0.995)
 _CIFAR = dict(sigma_data=0.25)
+_CIFAR_SCORE = _SCORE | dict(balance=0.25)
 _CIFAR_DEMO = _CIFAR | dict(bf16=True, compiled=True, checkpoint_every=1_000)
 
 IMAGES = {
@@ -95,11 +97,11 @@ IMAGES = {
 for _name in ("cifar10", "cifar100"):
     _deep = dict(depth=34) if _name == "cifar100" else {}
     IMAGES[_name] = (
-        _preset(_name, "smoke", _SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
+        _preset(_name, "smoke", _CIFAR_SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
                 _CLASSIFIER | dict(width=4, batch=16, steps=6, lr=1e-3, warmup=2), log_every=2, checkpoint_every=5, **_CIFAR),
-        _preset(_name, "cpu", _SCORE | dict(nf=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, batch=128, steps=3_000, lr=2e-3, warmup=100, ema=0.995),
+        _preset(_name, "cpu", _CIFAR_SCORE | dict(nf=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, batch=128, steps=3_000, lr=2e-3, warmup=100, ema=0.995),
                 _CLASSIFIER | dict(width=16, batch=64, steps=1_000, lr=2e-3), log_every=50, checkpoint_every=250, **_CIFAR),
-        _preset(_name, "demo", _SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
+        _preset(_name, "demo", _CIFAR_SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=8_000, lr=1e-3, warmup=200),
                 _CLASSIFIER | dict(width=32, batch=256, steps=3_000, lr=1e-3, warmup=200), **_CIFAR_DEMO),
         _preset(_name, "paper", {}, _deep, stratified=False, log_every=500, checkpoint_every=5_000),
     )

@@ -80,8 +80,10 @@ LOSSES = ("ce", "dlsm_prime", "total")
 def score_loss(
     settings:ScoreSettings, # σ-weighting
 )->Callable[..., Tensor]: # loss(model, x, y, sigma, noise) -> [B]
-    "Give the loss of stage 1, ½ ‖σ^power s + σ^(power − 1) noise‖² for each image."
-    def loss(model, x, y, sigma, noise): return dsm_loss(model, x, sigma, noise, settings.power, settings.reduce)
+    "Give the loss of stage 1, ½ ‖σ^power s + σ^(power − 1) noise‖² for each image, times 1 + (σ/balance)² where the settings have a balance."
+    def loss(model, x, y, sigma, noise):
+        found = dsm_loss(model, x, sigma, noise, settings.power, settings.reduce)
+        return found if settings.balance is None else found*(1 + (sigma/settings.balance)**2)
     return loss
 
 
