@@ -36,6 +36,7 @@ from dlsm.images import (
 )
 from dlsm.monitor import estimate, read_log
 from dlsm.parallel import gradients
+from dlsm.precond import EDMPrecond
 from dlsm.training import fit, step_generator
 
 CIFAR = Path(os.environ.get("DLSM_DATA", "data"))/"cifar-10-batches-py"
@@ -276,6 +277,19 @@ def test_the_papers_levels(digits):
     assert paper.classifier.t_min == 1e-5
 
 
+def test_a_balanced_loss_weighs_all_levels_alike():
+    "The answer of an untrained preconditioned network is c_skip x: its error counts about the same at every level, and 1/σ² times without the balance."
+    preset = IMAGES["cifar10"]["cpu"]
+    assert preset.score.balance == preset.sigma_data
+    generator = torch.Generator().manual_seed(0)
+    x = 0.5 + 0.25*torch.randn(64, 3, 32, 32, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    blank = EDMPrecond(lambda x, sigma: torch.zeros_like(x), preset.sigma_data)
+    found = {balance: [score_loss(dataclasses.replace(preset.score, balance=balance))(blank, x, None, torch.full((64,), sigma), noise).mean().item()
+                       for sigma in (0.01, 0.25, 3., 50.)] for balance in (None, preset.sigma_data)}
+    assert max(found[0.25])/min(found[0.25]) < 1.1 and found[None][0]/found[None][-1] > 1e4
+
+
 def test_the_papers_losses(digits):
     "Stage 1 sums over pixels, stage 2 averages without σ-weighting."
     preset, paper = TINY, IMAGES["cifar10"]["paper"]
@@ -285,6 +299,9 @@ def test_the_papers_losses(digits):
     x_noisy = x + wide*noise
     score = lambda x, sigma: -(x - 0.5)/(sigma[:, None, None, None]**2 + 0.0625)
     assert torch.allclose(score_loss(paper.score)(score, **batch), 0.5*(wide*score(x_noisy, sigma) + noise).square().flatten(1).sum(1))
+    assert paper.score.balance is None
+    balanced = score_loss(dataclasses.replace(paper.score, balance=0.25))(score, **batch)
+    assert torch.allclose(balanced, score_loss(paper.score)(score, **batch)*(1 + 16*sigma**2))
     net = classifier_net(preset).eval()
     residual = likelihood_score(net, x_noisy, sigma, batch["y"]) + score(x_noisy, sigma) + noise/wide
     expected = 0.5*residual.square().flatten(1).mean(1)
