@@ -109,7 +109,7 @@ def _seconds(
     guess = timed(few) * batch / few
     return timed(batch) if guess < 5 else guess
 
-
+# %% ../nbs/13c_monitor.ipynb #4a90c3ca
 def _clock(seconds:float)->str: return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 

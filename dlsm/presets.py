@@ -87,7 +87,7 @@ def _fits(value:Any, rule:Any) -> bool:
     if isinstance(rule, (tuple, list, dict)): return any(_fits(value, choice) for choice in rule)
     return type(value) is type(rule) and value == rule
 
-
+# %% ../nbs/17a_presets.ipynb #f74e8a50
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
 
 
@@ -106,7 +106,7 @@ def _close(name:str, names:Iterable[str]) -> str:
     close = difflib.get_close_matches(name, [n for n in names if isinstance(n, str)], n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
-
+# %% ../nbs/17a_presets.ipynb #3e184070
 def _given(namespace:dict) -> set[str]:
     "Return the names that papermill's cell sets (in a notebook), or every plain value (elsewhere)."
     if "In" not in namespace:
@@ -123,12 +123,15 @@ def check_parameters(
 ) -> None:
     """Check a notebook's parameters, in the cell right after the one tagged `parameters`.
 
-    Raises `ParameterError`, one line: an unknown name, a wrong type, a choice that does not exist, a value out of range."""
+    Makes a text, in `namespace`, of a whole number where the choices are texts. Raises `ParameterError`, one line: an unknown name, a wrong type,
+    a choice that does not exist, a value out of range."""
     for name in sorted(_given(namespace) - set(allowed)):
         raise ParameterError(f"unknown parameter {name}{_close(name, allowed)} (this notebook has: {', '.join(allowed)})")
     for name, rule in allowed.items():
         if name not in namespace: raise ParameterError(f"parameter {name} is not set: it must be {_told(rule)}")
         value = namespace[name]
+        if type(value) is int and isinstance(rule, (tuple, list, dict)) and not _fits(value, rule) and _fits(str(value), rule):
+            value = namespace[name] = str(value)
         if not _fits(value, rule):
             hint = _close(value, rule) if isinstance(value, str) and isinstance(rule, (tuple, list, dict)) else ""
             raise ParameterError(f"{name} = {value!r} is not allowed{hint} ({name} must be {_told(rule)})")

@@ -54,7 +54,7 @@ class State:
     record: list = field(default_factory=list)  # what `evaluate` gave, one dict each, with its step
     norm: Tensor|None = None  # of the gradient before clipping, where it is clipped
 
-
+# %% ../nbs/13_training.ipynb #e963d3fd
 def _load(state:State, optimizer:torch.optim.Optimizer, saved:dict):
     "Put a checkpoint into the model, its average and the optimiser."
     state.model.load_state_dict(saved["weights"]["model"])
@@ -68,7 +68,7 @@ def _save(folder:Path, state:State, optimizer:torch.optim.Optimizer, config:dict
     weights = {"model": state.model.state_dict()} | ({"ema": state.ema.state_dict()} if state.ema is not state.model else {})
     save_checkpoint(folder, state.step, weights, {"optimizer": optimizer.state_dict()}, config, state.record)
 
-
+# %% ../nbs/13_training.ipynb #5ca6f5db
 def fit(
     model:nn.Module, # trained in place
     loss:Callable[..., Tensor], # loss(model, generator) -> scalar; with `draw`, loss(model, **batch) -> [b]

@@ -217,6 +217,18 @@ def test_missing_parameter():
     with pytest.raises(ParameterError, match="seed is not set"): check_parameters({"preset": "demo"}, **RULES)
 
 
+def test_a_number_among_choices_that_are_texts_is_a_text():
+    "papermill makes the number 2 of `-p stages 2`."
+    given = {"stages": 2}
+    check_parameters(given, stages=("1", "2", "1,2"))
+    assert given == {"stages": "2"}
+    for wrong in (3, True, 2.):
+        with pytest.raises(ParameterError, match="stages = "): check_parameters({"stages": wrong}, stages=("1", "2", "1,2"))
+    kept = {"steps": 2}
+    check_parameters(kept, steps=(None, range(1, 5)))
+    assert kept == {"steps": 2}
+
+
 @pytest.mark.parametrize("given, told", [({"seed": 3, "preset": "demo"}, None), ({"sed": 3}, "ParameterError: unknown parameter sed;")])
 def test_parameters_through_papermill(tmp_path, given, told):
     import papermill
