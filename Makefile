@@ -3,6 +3,7 @@
 PRESET = demo
 DATASET = moons,digits
 CORES = all
+PROFILE =
 PYTHON =
 
 python = .venv/bin/python
@@ -15,8 +16,8 @@ export MALLOC_TRIM_THRESHOLD_ = 4294967296
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons,digits CORES=all)
-	@$(python) -m snakemake --cores $(CORES) --config preset=$(PRESET) dataset=$(DATASET) \
+reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons,digits CORES=all PROFILE=)
+	@$(python) -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --config preset=$(PRESET) dataset=$(DATASET) \
 	  --rerun-triggers mtime --rerun-incomplete --nolock --keep-going --quiet rules
 
 test: .venv/.ready ## check everything: exported code, notebooks, tests, every notebook once, the package

@@ -2,7 +2,8 @@
 
     make reproduce                                  # the same as
     snakemake --cores all --config preset=demo      # presets: smoke, demo, paper; for CIFAR without a GPU also cpu
-    snakemake --cores all moons/04_moons            # one notebook, after those that it needs
+    snakemake --cores all moons_04_moons            # one notebook, after those that it needs
+    snakemake --profile profiles/slurm              # as jobs of a cluster
 
 The executed notebooks land in runs/<preset>/notebooks/. A notebook runs again when it, a module that it imports, or a notebook
 before it has changed. To add a notebook, add its line to STORY.
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 # notebook: data sets, the notebooks before it, and the results it writes (the .json, which is written last)
-MOONS, IMAGES = ["moons"], ["digits", "cifar10", "cifar100"]
+MOONS, IMAGES, ALL = ["moons"], ["digits", "cifar10", "cifar100"], ["all"]  # "all": once, whatever the data sets of the run
 STORY = {
     "00_parzen":        (MOONS, [], []),
     "01_dsm":           (MOONS, [], []),
@@ -24,14 +25,18 @@ STORY = {
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/fig4"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
-    "09_report":        (MOONS, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations"], ["report"]),
-    "index":            (MOONS, ["09_report"], []),
+    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations"], ["report"]),
+    "index":            (ALL, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
 PRESET = config.get("preset", "demo")
 DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
+
+# What a job of a cluster reserves for CIFAR, by preset: minutes, MB and GPUs. One that is cut off goes on from its last checkpoint.
+RESERVED = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
+USUAL = (60, 16_000, 0)
 
 workdir: workflow.basedir
 
@@ -56,7 +61,7 @@ def executed(name, dataset):
 
 def earlier(name, dataset):
     "The notebooks to run before this one: on the same data, or if they are not for these data on all that were asked for."
-    known = {before: [d for d in STORY[before][0] if d in DATASETS] for before in STORY[name][1] if before in STORY}
+    known = {before: [d for d in STORY[before][0] if d in (*DATASETS, *ALL)] for before in STORY[name][1] if before in STORY}
     return [executed(before, d) for before, datasets in known.items() for d in ([dataset] if dataset in datasets else datasets)]
 
 
@@ -72,7 +77,7 @@ def placed(result, name):
     return path.parent / PRESET / path.name if own else path
 
 
-TARGETS = [(name, dataset) for name, (datasets, _, _) in STORY.items() for dataset in datasets if dataset in DATASETS]
+TARGETS = [(name, dataset) for name, (datasets, _, _) in STORY.items() for dataset in datasets if dataset in (*DATASETS, *ALL)]
 
 
 rule all:
@@ -81,9 +86,10 @@ rule all:
 
 for story, data in TARGETS:
     figures = "runs/smoke/figures" if PRESET == "smoke" and takes(story, "preset") else "figures"
+    minutes, memory, gpus = RESERVED.get(PRESET, USUAL) if data.startswith("cifar") else USUAL
 
     rule:
-        name: f"{data}/{story}"
+        name: f"{data}_{story}"
         input:
             notebook = f"nbs/{story}.ipynb",
             modules = modules("\n".join(source for source, _ in cells(story))),
@@ -92,6 +98,7 @@ for story, data in TARGETS:
             notebook = executed(story, data),
             results = [update(f"{figures}/{placed(result.format(dataset=data), story)}.json") for result in STORY[story][2]],
         threads: 1 if PRESET == "smoke" else 8  # on fewer cores: all of them
+        resources: runtime=minutes, mem_mb=memory, gpu=gpus
         params:
             python = sys.executable,
             unfinished = executed(story, data).replace(".ipynb", ".unfinished.ipynb"),  # stays for a look if a cell fails

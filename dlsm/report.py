@@ -212,7 +212,7 @@ def status_table(
         there = (find_root()/f"nbs/{item.notebook}.ipynb").exists()
         status = ", ".join(f"[{r['verdict']}](../{r['path']}) ({scale(r)})" if r["path"] else r["verdict"] for r in own)
         config = "" if item.dataset == "moons" else f" --config dataset={item.dataset}"
-        command = f"snakemake -c all {item.dataset}/{item.notebook}{config}"
+        command = f"snakemake -c all {item.dataset}_{item.notebook}{config}"
         lines.append([item.what, item.about, f"[{item.notebook}](../nbs/{item.notebook}.ipynb)" if there else item.notebook,
                       f"`{command}`" if there else "–", status])
     return markdown_table(("paper", "what", "notebook", "command", "status"), lines)

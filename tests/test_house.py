@@ -194,7 +194,8 @@ def test_wheel_in_an_empty_environment(copy, settings, tmp_path):
     assert any(n.endswith("/LICENSE") for n in names) and "License-Expression: Apache-2.0" in metadata
     assert {p.relative_to(copy).as_posix() for p in copy.glob("dlsm/*") if p.is_file()} <= set(names)
     required = [Requirement(line.partition(": ")[2]) for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    for key, extra in (("requirements", ""), ("evaluation_requirements", "evaluation"), ("dev_requirements", "dev")):
+    for key, extra in (("requirements", ""), ("evaluation_requirements", "evaluation"), ("dev_requirements", "dev"),
+                       ("cluster_requirements", "cluster")):
         expected = {(r.name, r.specifier) for r in map(Requirement, settings[key].split())}
         assert {(r.name, r.specifier) for r in required if extra in str(r.marker or "") and bool(r.marker) == bool(extra)} == expected
 

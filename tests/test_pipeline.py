@@ -1,0 +1,73 @@
+"""The Snakefile: which notebooks a run consists of, what they write, and how they are submitted to a cluster."""
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.project
+
+
+def snakemake(copy, preset, dataset, *options, env=None):
+    "Run snakemake in a copy of the project; its exit code and all that it prints."
+    command = [sys.executable, "-m", "snakemake", "--config", f"preset={preset}", f"dataset={dataset}", *options]
+    run = subprocess.run(command, cwd=copy, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, check=False)
+    return run.returncode, run.stdout + run.stderr
+
+
+def planned(copy, preset, dataset):
+    "Of a dry run: {rule: what it writes}."
+    code, said = snakemake(copy, preset, dataset, "--cores", "all", "--dry-run", "--forceall")
+    assert code == 0, said
+    return {name: re.split(r", ", written) for name, written in re.findall(r"^rule (\w+):.*?^ +output: (.*?)$", said, re.MULTILINE | re.DOTALL)}
+
+
+def test_one_command_runs_everything_on_any_data_set(copy):
+    "Images are trained on, sampled and evaluated, and the report is written at the end, whatever the data set; nothing is written twice."
+    rules = planned(copy, "demo", "moons,digits,cifar10")
+    images = {f"{data}_{name}" for data in ("digits", "cifar10") for name in ("05_cifar", "06_sampling", "07_evaluation")}
+    moons = {f"moons_{name}" for name in ("00_parzen", "01_dsm", "02_decomposition", "03_dlsm", "04_moons", "08_ablations")}
+    assert rules.keys() == images | moons | {"all_09_report", "all_index"}
+    written = [path for paths in rules.values() for path in paths]
+    assert len(written) == len({*written})
+    assert {"figures/digits/table2.json (update)", "figures/cifar10/table2.json (update)", "figures/report.json (update)"} <= {*written}
+
+
+@pytest.mark.parametrize("preset, folder", [("cpu", "figures/cifar10"), ("paper", "figures/cifar10/paper")])
+def test_cifar_in_the_presets_of_its_own(copy, preset, folder):
+    "Preset paper keeps its figures beside those of a reduced scale; the digits are in neither preset."
+    rules = planned(copy, preset, "digits,cifar10")
+    assert rules.keys() == {"cifar10_05_cifar", "cifar10_06_sampling", "cifar10_07_evaluation", "all_09_report", "all_index"}
+    assert f"{folder}/fig6.json (update)" in rules["cifar10_05_cifar"]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    "Stand-ins for the commands of Slurm, first on the path: sbatch notes what it was given and takes no job."
+    folder = tmp_path/"bin"
+    folder.mkdir()
+    note = tmp_path/"submitted.json"
+    commands = {"sbatch": f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({str(note)!r}, 'w'))\nsys.exit('full')\n",
+                "scontrol": "#!/bin/sh\necho 'MinJobAge = 300 sec'\n", "sinfo": "#!/bin/sh\necho 'normal*|up'\n",
+                "sacctmgr": "#!/bin/sh\necho me\n"}
+    commands |= dict.fromkeys(("squeue", "sacct", "scancel"), "#!/bin/sh\n")
+    for name, text in commands.items():
+        (folder/name).write_text(text, encoding="utf-8")
+        (folder/name).chmod(stat.S_IRWXU)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}, note
+
+
+def test_profile_of_slurm(copy, cluster):
+    "A notebook is submitted with the time, the memory and the GPU that its preset needs, to the account and partition that were named."
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason='needs dlsm[cluster]')
+    env, note = cluster
+    code, said = snakemake(copy, "paper", "cifar10", "--profile", "profiles/slurm", "--retries", "0",
+                           "--slurm-init-seconds-before-status-checks", "1", "--default-resources",
+                           "slurm_account=me", "slurm_partition=normal", "--", "cifar10_05_cifar", env=env)
+    assert code != 0 and "full" in said and note.exists(), said
+    given = " ".join(json.loads(note.read_text(encoding="utf-8")))
+    expected = ("-A me", "-p normal", "-t 2880", "--mem 64000", "--gpus=1", "--cpus-per-task=8", "--comment rule_cifar10_05_cifar")
+    assert [wanted for wanted in expected if wanted not in given] == []
