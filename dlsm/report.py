@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLE1_CLAIMS', 'FIG5_CLAIMS', 'SAMPLER', 'PROPOSITION', 'LOSS_NAMES', 'ITEMS', 'MISSING', 'table1_of', 'fig5_of',
-           'check_table1', 'check_fig1', 'check_fig2', 'check_fig5', 'check_printed', 'check_table2', 'Item', 'rows',
-           'others', 'status_table', 'scale']
+           'check_table1', 'check_fig1', 'check_fig2', 'check_fig5', 'check_printed', 'check_table2', 'check_fig3',
+           'check_fig4', 'Item', 'extent', 'rows', 'others', 'trainings_of', 'rates_of', 'status_table', 'scale']
 
 # %% ../nbs/17d_report.ipynb #06aa2862
 from collections.abc import Callable
@@ -131,6 +131,19 @@ def check_table2(result, beside):
     shown = [n for n in check_printed(result, beside)[0] if n["name"] != "CAS" or preset_of(result) == "paper"]  # elsewhere its net is trained for less
     return shown, claims
 
+
+def check_fig3(result, beside):
+    "Check what the text says of Fig. 3, as `06_sampling` measured it; the reading that goes class by class is shown and not judged."
+    return [], [{"claim": text, "measure": "diversity of a class", "paper": None, "ours": float(holds), "rule": "holds", "judged": "average" in text, "ok": holds}
+                for text, holds in result["values"].get("claims", {}).items()]
+
+
+def check_fig4(result, beside):
+    "Check that the bars of Fig. 4 are above zero for most classes."
+    higher, differences = (result["values"].get(key, {}) for key in ("classes_higher", "differences"))
+    return [], [Claim(f"ours has the higher {what} in more than half of the classes", "share of the classes",
+                      lambda v, what=what: v[0][what] / len(v[1][what]["classes"]), low=0.5 + 1e-9).check((higher, differences)) for what in higher]
+
 # %% ../nbs/17d_report.ipynb #bc2e4aba
 @dataclass(frozen=True)
 class Item:
@@ -150,13 +163,22 @@ ITEMS = (
     Item("Fig. 2", "the two stages of training", "moons", "fig2", "03_dlsm", check_fig2),
     Item("Table 2, CIFAR-10", "FID, IS, P, R, D, C, CAS", "cifar10", "table2", "07_evaluation", check_table2, stand_in="digits"),
     Item("Table 2, CIFAR-100", "the same", "cifar100", "table2", "07_evaluation", check_table2),
-    Item("Fig. 3", "samples of one class, base and scaling", "cifar10", "fig3", "06_sampling", stand_in="digits"),
-    Item("Fig. 4, CIFAR-10", "class-wise differences, ours − base", "cifar10", "fig4", "07_evaluation", stand_in="digits"),
-    Item("Fig. 4, CIFAR-100", "the same", "cifar100", "fig4", "07_evaluation"),
+    Item("Fig. 3", "samples of one class, base and scaling", "cifar10", "fig3", "06_sampling", check_fig3, stand_in="digits"),
+    Item("Fig. 4, CIFAR-10", "class-wise differences, ours − base", "cifar10", "fig4", "07_evaluation", check_fig4, stand_in="digits"),
+    Item("Fig. 4, CIFAR-100", "the same", "cifar100", "fig4", "07_evaluation", check_fig4),
     Item("Fig. 5", "score error and cross-entropy over training", "moons", "fig5", "08_ablations", check_fig5),
 )
 
 # %% ../nbs/17d_report.ipynb #4ebf8d13
+def extent(
+    result:dict, # as `save_result` wrote it
+)->str: # such as "1,000 images of each class and method, EfficientNet-Lite0"
+    "Say from how much a result was made."
+    values, seeds = result["values"], len(result["seeds"])
+    if "images_per_class" in values: return f"{values['images_per_class']:,} images of each class and method, {values.get('features', 'unknown features')}"
+    return "–" if not seeds else f"{seeds} trainings" if seeds > 1 else "1 training"
+
+
 def _row(item, result, results):
     "Judge one result of an item."
     def beside(id):
@@ -170,14 +192,14 @@ def _row(item, result, results):
     judged = [n for n in numbers if n["ok"] is not None]
     worst = max(judged, key=lambda n: abs(n["deviation"]), default=None)
     picture = next((p for s in (".png", ".md") if (p := (find_root()/result["path"]).with_suffix(s)).exists()), None)
-    return {"dataset": result["dataset"], "preset": preset_of(result) or "no preset", "verdict": found, "why": why,
+    return {"dataset": result["dataset"], "preset": preset_of(result) or "no preset", "extent": extent(result), "verdict": found, "why": why,
             **{side: "; ".join(f"{n['name']} {show(n[side])}" for n in judged[:3]) or "picture" for side in ("paper", "ours")},
             "deviation": f"{worst['name']} {worst['deviation']:+.0%}" if worst else "–",
             "seconds": result["wall_seconds"], "device": result["device"],
             "path": picture.relative_to(find_root()).as_posix() if picture else result["path"], "numbers": numbers, "claims": claims}
 
 
-MISSING = {"preset": "–", "verdict": "not yet", "why": "no result", "paper": "–", "ours": "–", "deviation": "–",
+MISSING = {"preset": "–", "extent": "–", "verdict": "not yet", "why": "no result", "paper": "–", "ours": "–", "deviation": "–",
            "seconds": None, "device": "–", "path": None, "numbers": [], "claims": []}
 
 
@@ -200,6 +222,26 @@ def others(
     "Give the results which belong to no figure of the paper (ours, and sweeps)."
     known = {(i.id, d) for i in ITEMS for d in (i.dataset, i.stand_in)}
     return [r for r in results if (r["id"], r["dataset"]) not in known]
+
+# %% ../nbs/17d_report.ipynb #c0570d02
+def trainings_of(
+    results:list[dict], # of `read_results`
+)->list[dict]: # dataset, preset, device, training, batch, steps, seconds, images_per_s, flops_per_image, rate (operations a second)
+    "List the trainings on images, with the rate at which each ran."
+    found = [(r, name, row) for r in results for name, row in r["values"].get("trainings", {}).items() if row and row.get("images_per_s")]
+    return [{"dataset": r["dataset"], "preset": preset_of(r), "device": r["device"], "training": name, **row, "rate": row["images_per_s"] * row["flops_per_image"],
+             "batch": r["preset"]["score" if name == "score" else "classifier"]["batch"]} for r, name, row in found]
+
+
+def rates_of(
+    trainings:list[dict], # of `trainings_of`
+)->dict[str, float]: # device: operations a second
+    "Give the rate of each device: that of all its largest preset's trainings together."
+    def spent(device, dataset, preset): return [t for t in trainings if (t["device"], t["dataset"], t["preset"]) == (device, dataset, preset)]
+    def operations(rows): return sum(t["rate"] * t["seconds"] for t in rows)
+    runs = {(t["device"], t["dataset"], t["preset"]): None for t in trainings}
+    largest = {device: max((spent(*run) for run in runs if run[0] == device), key=operations) for device in {run[0]: None for run in runs}}
+    return {device: operations(rows) / sum(t["seconds"] for t in rows) for device, rows in largest.items()}
 
 # %% ../nbs/17d_report.ipynb #63bfa215
 def status_table(

@@ -103,6 +103,15 @@ def test_posterior_score_matching_is_judged_between_the_papers_networks():
     assert "posterior SM" in row("Table 1", [paper_nets])["why"]
 
 
+def test_what_the_text_says_of_pictures():
+    "Fig. 3 on average, Fig. 4 for most classes; what goes class by class is shown and decides nothing."
+    def result(id, values): return MADE | {"id": id, "dataset": "cifar10", "paper": None, "values": values}
+    def fig3(average): return result("fig3", {"claims": {"less diverse, on average": average, "less diverse in every class": False}})
+    def fig4(recall): return result("fig4", {"classes_higher": {"recall": recall}, "differences": {"recall": {"classes": [0, 1, 2, 3]}}})
+    assert [row("Fig. 3", [fig3(average)])["verdict"] for average in (True, False)] == ["shape only", "not yet"]
+    assert [row("Fig. 4, CIFAR-10", [fig4(recall)])["verdict"] for recall in (3, 2)] == ["shape only", "not yet"]
+
+
 # ---- what is missing, what else is there
 
 def test_nothing_yet(home):
@@ -189,13 +198,20 @@ def test_stand_ins_bring_their_claims(report, home):
     claims = [claim("ours is better", 0.1357, True), claim("ours is much better", -0.2711, False), claim("not measured", None, None) | {"low": None, "high": None}]
     rows_ = {name: {"D_L": 1.2342 + i, "D_P": 0.7531, "cosine": 0.6161} for i, name in enumerate(("ce", "scaling", "dlsm_prime", "total"))}
     errors = {"p_sigma": rows_, "held_out": rows_}
+    trainings = {"score": {"steps": 70, "seconds": 65., "images_per_s": 1_234., "flops_per_image": 2.51e9}}
+    preset = {"name": "demo", "score": {"batch": 48}}
     on_digits = MADE | {"dataset": "digits", "paper": None}
     put(home, on_digits | {"id": "table2", "title": "Table 2: digits, reduced", "values": {"images_per_class": 12, "claims": claims}},
-        on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [0.5, 1.25]}})
+        on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [0.5, 1.25],
+                                                                                       "trainings": trainings}, "preset": preset})
     text, saved = report()
     found = [r for r in saved["values"]["rows"] if r["dataset"] == "digits"]
     assert [(r["verdict"], r["why"]) for r in found if r["what"].startswith("Table 2")] == [("stand-in", "1 of 2 claims hold")]
-    for number_ in ("0.136", "-0.271", "-0.432 … 0.247", "1.234", "4.234", "0.753", "0.616", "σ = 0.5, 1.2", "12 images"): assert number_ in text, number_
+    taken = f"| digits, demo | stage 1: score model | 70 × 48 | 1,234 | 1 min 5 s | 2.51 | {1_234 * 2.51:,.0f} | CPU |"
+    assert taken in text and saved["values"]["rates"]["CPU (measured: 3.1 TFLOP/s)"] == pytest.approx(1_234 * 2.51e9)
+    total = sum(saved["values"]["operations"]["cifar10"].values())
+    assert 2e19 < total < 4e19 and f"| {total / (1_234 * 2.51e9) / 3600:,.0f} |" in text and "assumed" in text
+    for number_ in ("0.136", "-0.271 (-0.432 … 0.247)", "1.234", "4.234", "0.753", "0.616", "σ = 0.5, 1.2", "12 images"): assert number_ in text, number_
 
 
 def test_smoke_report_of_nothing(report, home):
