@@ -21,7 +21,7 @@ reproduce: .venv/.ready ## run the notebooks that are not up to date and write f
 	  --rerun-triggers mtime --rerun-incomplete --nolock --keep-going --quiet rules
 
 test: .venv/.ready ## check everything: exported code, notebooks, tests, every notebook once, the package
-	@$(python) -m pytest --durations=10
+	@OMP_NUM_THREADS=1 $(python) -m pytest --durations=10 --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 verify: .venv/.ready ## run everything in a fresh clone and compare every value with the committed ones (PRESET DATASET CORES)
 	@$(python) -m dlsm.verify --preset $(PRESET) --dataset $(DATASET) --cores $(CORES)
