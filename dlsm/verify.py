@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'MISSING', 'Rule', 'rule_of', 'leaves', 'Row', 'compare_values', 'compare_folders', 'counts', 'table_of',
-           'fresh_clone', 'run_all', 'verify', 'main']
+           'fresh_clone', 'known_notebooks', 'run_all', 'verify', 'main']
 
 # %% ../nbs/17g_verify.ipynb #9c3caa8e
 import argparse
@@ -168,6 +168,25 @@ def fresh_clone(
     return folder
 
 
+def _snakemake(clone, preset, datasets, *options, **how):
+    "Call snakemake in a clone, with this Python and the clone's code."
+    call = [sys.executable, "-m", "snakemake", "--config", f"preset={preset}", f"dataset={','.join(datasets)}", "--nolock", *options]
+    env = {k: v for k, v in os.environ.items() if k != "DLSM_ROOT"} | {"PYTHONPATH": str(clone)}
+    return subprocess.run(call, cwd=clone, env=env, text=True, **how)
+
+
+def known_notebooks(
+    clone:Path, # of the repository
+    preset:str, # smoke, demo, …
+    datasets:list[str], # moons, digits, …
+)->list[str]: # dataset/name of every notebook that a run executes; all/name: once, whatever the data
+    "List what there is to run. Raises `RuntimeError` if that is nothing."
+    rules = _snakemake(clone, preset, datasets, "--cores", "1", "--list-rules", capture_output=True, check=True).stdout.split()
+    known = [rule.replace("_", "/", 1) for rule in rules if "_" in rule]  # <dataset>_<notebook>; the rule `all` is no notebook
+    if not known: raise RuntimeError(f"the Snakefile has no notebook for {', '.join(datasets)} in preset {preset}: its rules are {', '.join(rules)}")
+    return known
+
+
 def run_all(
     clone:Path, # of `fresh_clone`
     preset:str, # smoke, demo, …
@@ -175,12 +194,8 @@ def run_all(
     cores:str="all", # of this machine
 )->tuple[list[str], list[str]]: # notebooks that were executed, and all there are: dataset/name
     "Run every notebook of a clone with this Python and its own code."
-    options = ["--cores", cores, "--config", f"preset={preset}", f"dataset={','.join(datasets)}", "--nolock"]
-    call = [sys.executable, "-m", "snakemake", *options]
-    env = {k: v for k, v in os.environ.items() if k != "DLSM_ROOT"} | {"PYTHONPATH": str(clone)}
-    listed = subprocess.run([*call, "--list-rules"], cwd=clone, env=env, capture_output=True, text=True, check=True).stdout.split()
-    subprocess.run([*call, "--rerun-triggers", "mtime", "--rerun-incomplete", "--keep-going", "--quiet", "rules"], cwd=clone, env=env)
-    known = [rule for rule in listed if "/" in rule]
+    known = known_notebooks(clone, preset, datasets)
+    _snakemake(clone, preset, datasets, "--cores", cores, "--rerun-triggers", "mtime", "--rerun-incomplete", "--keep-going", "--quiet", "rules")
     return [rule for rule in known if (clone/"runs"/preset/"notebooks"/f"{rule}.ipynb").exists()], known
 
 # %% ../nbs/17g_verify.ipynb #582beeed
@@ -204,7 +219,7 @@ def verify(
     atomic_write(folder/"report.json", json.dumps(values, indent=1, ensure_ascii=False))
     save_result("verify", values, preset=None, dataset=None, seeds=[], device="cpu", started=started,
                 title=f"Re-run of {', '.join(datasets)}, preset {preset}", table=table_of(found))
-    return len(ran) == len(known) and equal == total
+    return len(ran) == len(known) and 0 < equal == total
 
 # %% ../nbs/17g_verify.ipynb #1652c38d
 def main(

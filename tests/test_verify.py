@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dlsm.runs import find_root
-from dlsm.verify import compare_folders, compare_values, counts, main, table_of
+from dlsm.verify import compare_folders, compare_values, counts, known_notebooks, main, table_of
 
 
 @pytest.mark.parametrize(("ours", "verdict"), (({"D_L": 0.17}, "equal"), ({"D_L": 0.25}, "different"), ({}, "missing"), ({"D_L": None}, "different"), (None, "missing")))
@@ -31,3 +31,9 @@ def test_the_command_line_compares_folders(tmp_path, capsys):
     assert main([str(tmp_path / "b"), str(tmp_path / "b")]) == 0
     with pytest.raises(SystemExit, match="nothing to compare with"): main([str(tmp_path), str(tmp_path / "none")])
     assert table_of(same).startswith("| result |")
+
+
+def test_every_story_notebook_counts(root):
+    known = known_notebooks(root, "demo", ["moons", "digits"])
+    assert len(known) == len(set(known)) and {"moons/04_moons", "digits/07_evaluation", "all/09_report"} <= set(known)
+    assert {name.partition("/")[2] for name in known} == {p.stem for p in root.glob("nbs/0*.ipynb")} | {"index"}
