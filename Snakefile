@@ -38,6 +38,10 @@ if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.start
 RESERVED = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
 USUAL = (60, 16_000, 0)
 
+# On a small machine little of `demo` gains from a second thread: its data sets run side by side, each on its share of the cores.
+SHARES = len(DATASETS) if PRESET == "demo" else 1
+THREADS = 1 if PRESET == "smoke" else max(1, min(8, (workflow.cores or 8) // SHARES))
+
 workdir: workflow.basedir
 
 
@@ -63,6 +67,12 @@ def earlier(name, dataset):
     "The notebooks to run before this one: on the same data, or if they are not for these data on all that were asked for."
     known = {before: [d for d in STORY[before][0] if d in (*DATASETS, *ALL)] for before in STORY[name][1] if before in STORY}
     return [executed(before, d) for before, datasets in known.items() for d in ([dataset] if dataset in datasets else datasets)]
+
+
+def waiting(name):
+    "How many notebooks have to wait for this one, the report aside: what most wait for begins first."
+    after = [other for other, (datasets, before, _) in STORY.items() if name in before and datasets != ALL]
+    return len(after) + sum(map(waiting, after))
 
 
 def takes(name, parameter):
@@ -97,7 +107,8 @@ for story, data in TARGETS:
         output:
             notebook = executed(story, data),
             results = [update(f"{figures}/{placed(result.format(dataset=data), story)}.json") for result in STORY[story][2]],
-        threads: 1 if PRESET == "smoke" else 8  # on fewer cores: all of them
+        threads: THREADS
+        priority: waiting(story)
         resources: runtime=minutes, mem_mb=memory, gpu=gpus
         params:
             python = sys.executable,

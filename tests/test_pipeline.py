@@ -44,6 +44,16 @@ def test_cifar_in_the_presets_of_its_own(copy, preset, folder):
     assert f"{folder}/fig6.json (update)" in rules["cifar10_05_cifar"]
 
 
+def test_data_sets_share_a_small_machine(copy):
+    "Two data sets on two cores: a thread each, and what others wait for begins first. One data set has both cores."
+    def threads(dataset, cores):
+        code, said = snakemake(copy, "demo", dataset, "--cores", cores, "--dry-run", "--forceall")
+        assert code == 0, said
+        job = re.search(r"^rule digits_05_cifar:(.*?)(?=^rule |^Job stats)", said, re.MULTILINE | re.DOTALL)[1]
+        return tuple(int(given[1]) if (given := re.search(rf"{name}: (\d+)", job)) else default for name, default in (("threads", 1), ("priority", 0)))
+    assert threads("moons,digits", "2") == (1, 2) and threads("digits", "2") == (2, 2) and threads("moons,digits", "16") == (8, 2)
+
+
 @pytest.fixture
 def cluster(tmp_path):
     "Stand-ins for the commands of Slurm, first on the path: sbatch notes what it was given and takes no job."
