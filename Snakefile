@@ -40,7 +40,7 @@ USUAL = (60, 16_000, 0)
 
 # On a small machine little of `demo` gains from a second thread: its data sets run side by side, each on its share of the cores.
 SHARES = len(DATASETS) if PRESET == "demo" else 1
-THREADS = 1 if PRESET == "smoke" else max(1, min(8, (workflow.cores or 8) // SHARES))
+THREADS = 1 if PRESET == "smoke" else max(1, min(8, (workflow.resource_settings.cores or 8) // SHARES))
 
 workdir: workflow.basedir
 
