@@ -30,7 +30,7 @@ class ScoreSettings:
     balance:float|None = None  # b multiplies the loss by 1 + (σ/b)², so that with b the images' standard deviation all levels weigh the same; None: 1, as in the paper
     reduce:str = "sum"         # over the pixels
 
-
+# %% ../nbs/17c_image_presets.ipynb #cb4bacba
 @dataclass(frozen=True)
 class ClassifierSettings:
     "Stage 2: the classifier and its trainings under L_CE, L_DLSM′ and L_Total. The defaults are the paper's."
@@ -51,7 +51,7 @@ class ClassifierSettings:
     reduce:str = "mean"        # over the pixels
     lam:float = 1.             # λ of L_Total = L_DLSM′ + λ L_CE
 
-
+# %% ../nbs/17c_image_presets.ipynb #9d644c87
 @dataclass(frozen=True)
 class ImagePreset:
     "Settings of both stages on one set of images."

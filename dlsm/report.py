@@ -106,7 +106,7 @@ def check_fig2(result, beside):
     "Check what goes with Fig. 2."
     return [], [PROPOSITION.check(result["values"])]
 
-
+# %% ../nbs/17d_report.ipynb #2cb72e33
 LOSS_NAMES = {"ce": "L_CE", "dlsm_prime": "L_DLSM′", "total": "L_Total"}
 
 
@@ -117,7 +117,7 @@ def check_fig5(result, beside, form="paper"):
                for what, name, tolerance in (("d_l", "D_L", 0.25), ("ce", "cross-entropy", 0.5)) for loss, p in printed[what].items()]
     return numbers, [c.check(ours, printed) for c in FIG5_CLAIMS]
 
-
+# %% ../nbs/17d_report.ipynb #22c696c1
 def check_printed(result, beside):
     "Compare values with the printed ones that the result holds under the same names, within 10%."
     shared = {k: p for k, p in (result["paper"] or {}).items() if k in result["values"] and np.shape(p) == np.shape(result["values"][k])}

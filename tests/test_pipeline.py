@@ -50,7 +50,8 @@ def test_data_sets_share_a_small_machine(copy):
         code, said = snakemake(copy, "demo", dataset, "--cores", cores, "--dry-run", "--forceall")
         assert code == 0, said
         job = re.search(r"^rule digits_05_cifar:(.*?)(?=^rule |^Job stats)", said, re.MULTILINE | re.DOTALL)[1]
-        return tuple(int(given[1]) if (given := re.search(rf"{name}: (\d+)", job)) else default for name, default in (("threads", 1), ("priority", 0)))
+        shown = dict(re.findall(r"(threads|priority): (\d+)", job))  # one thread is not shown
+        return int(shown.get("threads", 1)), int(shown["priority"])
     assert threads("moons,digits", "2") == (1, 2) and threads("digits", "2") == (2, 2) and threads("moons,digits", "16") == (8, 2)
 
 
