@@ -209,7 +209,7 @@ def save_result(
     title:str,                     # one line; a reduced run names its preset, or says "reduced"
     paper:Any=None,                # the paper's values, to stand beside ours
     inputs:Iterable[str|Path]=(),  # files it was computed from
-    figure:Any=None,               # a Matplotlib Figure, saved as .png and .svg
+    figure:Any=None,               # a Matplotlib Figure, saved as .png and .svg with the title above
     table:str|None=None,           # Markdown, saved as .md
 ) -> Path: # figures/<dataset>/<id>.json (see `figure_dir`)
     """Save a result with its figure or table and with full provenance; the JSON file is written last.
@@ -222,9 +222,14 @@ def save_result(
     result = {"id": id, "title": title, "dataset": dataset, "preset": asdict(preset) if preset else None, "seeds": list(seeds),
               "values": _plain(values, "values"), "paper": _plain(paper, "paper"), **provenance(device, started, inputs)}
     if figure is not None:
-        with matplotlib.rc_context({"svg.hashsalt": "dlsm"}):
-            with atomic_path(target.with_suffix(".png")) as part: figure.savefig(part, dpi=120, bbox_inches="tight")
-            with atomic_path(target.with_suffix(".svg")) as part: figure.savefig(part, bbox_inches="tight", metadata={"Date": None})
+        figure.canvas.draw()  # lays it out
+        above = figure.get_tightbbox().y1 / figure.get_figheight() + 0.01
+        line = figure.text(0.5, above, title, ha="center", va="bottom", fontsize=8, color="0.3")  # a picture by itself says what it is
+        try:
+            with matplotlib.rc_context({"svg.hashsalt": "dlsm"}):
+                with atomic_path(target.with_suffix(".png")) as part: figure.savefig(part, dpi=120, bbox_inches="tight")
+                with atomic_path(target.with_suffix(".svg")) as part: figure.savefig(part, bbox_inches="tight", metadata={"Date": None})
+        finally: line.remove()
     if table is not None: atomic_write(target.with_suffix(".md"), table.rstrip() + "\n")
     return atomic_write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,6 +152,8 @@ def test_roundtrip(home):
     assert result["time"].endswith("+00:00") and result["wall_seconds"] >= 0
     assert list_results() == [path] and list_results("smoke") == []
     assert files(path.parent) == ["table1.json", "table1.md", "table1.png", "table1.svg"]
+    text, title = (" ".join(re.findall(r"<!-- (.*?) -->", path.with_suffix(".svg").read_text(encoding="utf-8"))), result["title"])
+    assert title in text and not fig.texts, "a picture says by itself what it is"  # Matplotlib notes the text beside its outlines
     save(values, Preset("demo"), figure=fig)
     plt.close(fig)
     assert pictures == [path.with_suffix(s).read_bytes() for s in (".png", ".svg")], "the same figure gives the same bytes"
