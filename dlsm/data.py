@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits, make_moons
 from torch import Tensor
 
 from .runs import ParameterError, atomic_path, find_root, progress
@@ -32,6 +31,7 @@ def moons(
 )->tuple[Tensor, Tensor]: # points [n, 2], labels [n] (0: upper crescent c₁, 1: lower c₂)
     "Give the paper's data set: `make_moons` without noise, centred, times 20."
     if n < 2: raise ValueError(f"n={n}; two crescents need at least 2 points")
+    from sklearn.datasets import make_moons  # here, since it takes seconds to import
     x, y = make_moons(n, noise=0, random_state=seed)
     x = torch.from_numpy((x - x.mean(0)) * 20)
     return x.to(dtype), torch.from_numpy(y)
@@ -56,6 +56,7 @@ def to_unit(
 # %% ../nbs/10_data.ipynb #2ec47c83
 def _digits()->Images:
     "Load scikit-learn's digits."
+    from sklearn.datasets import load_digits
     values, y = load_digits(return_X_y=True)
     x = torch.from_numpy(np.rint(values * 255 / 16).astype(np.uint8)).reshape(-1, 1, 8, 8)
     y = torch.from_numpy(y).long()

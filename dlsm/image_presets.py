@@ -88,8 +88,8 @@ _CIFAR_DEMO = _CIFAR | dict(bf16=True, compiled=True, checkpoint_every=1_000)
 
 IMAGES = {
     "digits": (
-        _preset("digits", "smoke", _DIGITS_SCORE | dict(nf=16, steps=100, warmup=10), _CLASSIFIER | dict(width=8, batch=64, steps=60, lr=2e-3, warmup=10),
-                log_every=10, checkpoint_every=50, **_DIGITS),
+        _preset("digits", "smoke", _DIGITS_SCORE | dict(nf=16, steps=40, warmup=10), _CLASSIFIER | dict(width=8, batch=64, steps=20, lr=2e-3, warmup=10),
+                log_every=5, checkpoint_every=20, **_DIGITS),
         _preset("digits", "demo", _DIGITS_SCORE | dict(steps=1_200), _CLASSIFIER | dict(width=16, batch=64, steps=450, lr=2e-3),
                 log_every=50, checkpoint_every=250, **_DIGITS),
     ),

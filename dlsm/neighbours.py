@@ -22,7 +22,7 @@ BUDGET = 2**21  # numbers held at once by each step of the computation
 class Cloud(NamedTuple):
     "Points as they are, and in float32, centred and scaled."
     points: Tensor  # [N, D]
-    x: Tensor  # [N, D], norms at most 1
+    x: Tensor  # [N, D], norms at most 1; and a column −(1 − c)‖x‖²/2, which the product adds
     norm: Tensor  # ‖x‖² [N]
     scale: float  # a unit of x in units of the points
 
@@ -32,10 +32,15 @@ def _clouds(
 )->list[Cloud]: # with one centre and scale
     "Centre and scale sets of points alike."
     centre = sets[0].mean(0)
-    shifted = [points - centre.to(points) for points in sets]
-    scale = max(x.norm(dim=1).max().item() for x in shifted) or 1.
-    scaled = [x.div_(scale).float() for x in shifted]
-    return [Cloud(points, x, _rows(x, lambda part: part.double().square().sum(1)), scale) for points, x in zip(sets, scaled)]
+    scale = max(_rows(points, lambda part: (part - centre.to(part)).norm(dim=1)).max().item() for points in sets) or 1.
+    clouds = []
+    for points in sets:
+        x = torch.empty(len(points), points.shape[1] + 1, dtype=torch.float32, device=points.device)
+        size = max(1, BUDGET // x.shape[1])
+        for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre.to(part)) / scale
+        clouds.append(Cloud(points, x, _rows(x, lambda part: part[:, :-1].double().square().sum(1)), scale))
+        x[:, -1] = (_slack(clouds[-1]) - 1) / 2 * clouds[-1].norm
+    return clouds
 
 
 def _rows(x:Tensor, f:Callable[[Tensor], Tensor])->Tensor: return torch.cat([f(part) for part in x.split(max(1, BUDGET // x.shape[1]))])
@@ -61,8 +66,9 @@ def _tiles(
     "Go through bounds of squared distances: ‖a − b‖² is at least (1 − c)‖a‖² − t, and less than 2c(‖a‖² + ‖b‖²) above that."
     c, size = _slack(a), max(1, BUDGET // len(b.x))
     for part in rows.split(size):
-        t = torch.addmm(-((1 - c) * b.norm).float(), a.x[part], b.x.T, alpha=2)
-        yield part, (1 - c) * a.norm[part], t
+        x = 2 * a.x[part]
+        x[:, -1] = 2
+        yield part, (1 - c) * a.norm[part], x @ b.x.T  # 2⟨a, b⟩ − (1 − c)‖b‖²
 
 
 def _squared(
@@ -77,6 +83,22 @@ def _squared(
     return torch.cat(parts) if parts else a.new_zeros(0, dtype=torch.float64)
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60007
+def _largest(
+    t:Tensor, # [r, M]
+    m:int, # how many of each row
+    block:int=64, # numbers of which the largest is found first
+)->tuple[Tensor, Tensor]: # the m largest [r, m], where they are [r, m]
+    "Find the largest numbers of each row: they are in the m blocks with the largest maxima, or in what is left over at the end."
+    whole = t.shape[1] // block * block
+    if whole < 4 * m * block: return t.topk(m)
+    blocks = t[:, :whole].unflatten(1, (-1, block))
+    best = blocks.amax(2).topk(m).indices
+    at = (best[:, :, None] * block + torch.arange(block, device=t.device)).flatten(1)
+    at = torch.cat([at, torch.arange(whole, t.shape[1], device=t.device).expand(len(t), -1)], 1)
+    value, index = t.gather(1, at).topk(m)
+    return value, at.gather(1, index)
+
+
 @_full_float32()
 def _kth(
     a:Cloud, # N points
@@ -89,7 +111,7 @@ def _kth(
     while len(open_rows):
         m, left = min(m, len(b.x)), []
         for rows, base, t in _tiles(a, b, open_rows):
-            t, near = t.topk(m)
+            t, near = _largest(t, m)
             exact, order = _squared(a.points, b.points, rows.repeat_interleave(m), near.flatten()).reshape(near.shape).sort(1)
             value[rows], index[rows] = exact[:, k - 1], near.gather(1, order[:, k - 1:k])[:, 0]
             others = (base - t[:, -1].double()) * a.scale**2  # none of the others is nearer

@@ -225,11 +225,16 @@ def save_result(
         figure.canvas.draw()  # lays it out
         above = figure.get_tightbbox().y1 / figure.get_figheight() + 0.01
         line = figure.text(0.5, above, title, ha="center", va="bottom", fontsize=8, color="0.3")  # a picture by itself says what it is
+        layout = figure.get_layout_engine()
+        figure.set_layout_engine("none")  # laid out once, measured once: drawing a figure of many axes takes seconds
+        around = figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
         try:
             with matplotlib.rc_context({"svg.hashsalt": "dlsm"}):
-                with atomic_path(target.with_suffix(".png")) as part: figure.savefig(part, dpi=120, bbox_inches="tight")
-                with atomic_path(target.with_suffix(".svg")) as part: figure.savefig(part, bbox_inches="tight", metadata={"Date": None})
-        finally: line.remove()
+                with atomic_path(target.with_suffix(".png")) as part: figure.savefig(part, dpi=120, bbox_inches=around)
+                with atomic_path(target.with_suffix(".svg")) as part: figure.savefig(part, bbox_inches=around, metadata={"Date": None})
+        finally:
+            line.remove()
+            figure.set_layout_engine(layout)
     if table is not None: atomic_write(target.with_suffix(".md"), table.rstrip() + "\n")
     return atomic_write(target, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 

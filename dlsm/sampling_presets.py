@@ -42,8 +42,8 @@ _CIFAR = _FAST | dict(bf16=True, compared=("heun-5", "heun-9", "heun-18", "heun-
 
 SAMPLING = {
     "digits": (
-        SamplingPreset("smoke", "digits", n_per_class=10, n_frontier=3, n_compare=3, compared=("heun-5", "heun-9", "2m-9", "2m-18", "pc-18"),
-                       **_FAST | dict(sampler="heun-9", shard=50, alphas=(1., 10.))),
+        SamplingPreset("smoke", "digits", n_per_class=10, n_frontier=3, n_compare=2, compared=("heun-5", "2m-9", "2m-18", "pc-18"),
+                       **_FAST | dict(sampler="2m-9", shard=50, alphas=(1., 10.))),
         SamplingPreset("demo", "digits", n_per_class=150, n_frontier=50, n_compare=5,
                        compared=("heun-5", "heun-9", "heun-18", "2m-9", "2m-18", "2m-36", "pc-18", "pc-100", "pc-1000"),
                        **_FAST | dict(sampler="2m-18")),

@@ -106,6 +106,7 @@ def fit(
     peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
     log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
+    tensors = [(list(net.parameters()), list(net.buffers())) for net in (state.ema, state.model)]  # looked up once: deep networks have hundreds
     recent, since = [], time.monotonic()
     if state.step >= steps: yield state
     while state.step < steps:
@@ -117,7 +118,7 @@ def fit(
         optimizer.step()
         state.step += 1
         recent.append(torch.stack([state.loss, state.norm]) if clip else state.loss[None])
-        if ema: _average(state, min(ema, (1 + state.step) / (10 + state.step)))
+        if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
         if measured and evaluate: state.record.append({"step": state.step} | evaluate(state))
@@ -149,10 +150,11 @@ def _backward(
     return len(next(iter(batch.values())))
 
 
-def _average(state:State, decay:float):
-    "Move the averaged weights towards the model's; early on faster, so that the average forgets the initial weights."
-    torch._foreach_lerp_(list(state.ema.parameters()), [p.detach() for p in state.model.parameters()], 1 - decay)
-    for mine, theirs in zip(state.ema.buffers(), state.model.buffers()): mine.copy_(theirs)
+@torch.no_grad()
+def _average(ema:tuple[list[Tensor], list[Tensor]], model:tuple[list[Tensor], list[Tensor]], decay:float):
+    "Move the averaged weights (parameters, buffers) towards the model's; early on faster, so that the average forgets the initial weights."
+    torch._foreach_lerp_(ema[0], model[0], 1 - decay)
+    for mine, theirs in zip(ema[1], model[1]): mine.copy_(theirs)
 
 
 def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Callable|None, seed:int)->dict: # means of loss and grad_norm

@@ -16,7 +16,7 @@ WRONG = [  # injected parameters, the line
     ({"seed": -1}, "seed = -1 is not allowed"),
     ({"weights": 3}, "weights = 3 is not allowed (weights must be a text or None)"),
     ({"feature": "pixels"}, "unknown parameter feature; did you mean features?"),
-    ({"seed": 5}, "samples/base-heun-9-5 is missing: run `papermill nbs/06_sampling.ipynb"),
+    ({"seed": 5}, "samples/base-2m-9-5 is missing: run `papermill nbs/06_sampling.ipynb"),
 ]
 
 

@@ -196,3 +196,22 @@ def test_names_and_claims():
     assert check_claim(claim, {"value": -1., "low": -2., "high": 0.1})["why"].startswith("the interval contains 0: the sign is as claimed")
     assert check_claim(claim, {"value": 1., "low": 0.5, "high": 2.})["why"] == "the whole interval has the opposite sign"
     assert check_claim(claim, None)["holds"] is None
+
+
+@pytest.mark.parametrize("m, columns", [(1, 999), (8, 5003), (40, 12_800), (3, 2)])
+def test_the_largest_of_each_row_are_found_by_blocks(m, columns):
+    "In any block, in the columns left over at the end, and with equal numbers among them."
+    generator, m = torch.Generator().manual_seed(0), min(m, columns)
+    t = torch.randn(30, columns, generator=generator)
+    t[:10] = t[:10].round()
+    t[10] = torch.arange(columns)
+    value, index = neighbours._largest(t, m)
+    assert torch.equal(value, t.topk(m).values) and torch.equal(t.gather(1, index), value)
+    assert all(len(set(row)) == m for row in index.tolist())
+
+
+def test_more_points_than_a_few_blocks_give_what_prdc_gives():
+    from prdc import compute_prdc
+    real, fake = torch.randn(2, 4_000, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    theirs, ours = compute_prdc(real.numpy(), fake.numpy(), 5), prdc(real, fake, 5)
+    assert all(abs(ours[name] - float(theirs[name])) < 1e-9 for name in theirs)
