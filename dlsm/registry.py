@@ -16,12 +16,14 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
+from . import cost
 from .dsm import Score
 from .guidance import Classifier
-from .image_presets import IMAGES, ImagePreset
+from .image_presets import IMAGES, ClassifierSettings, ImagePreset, ScoreSettings
 from .images import LOSSES, _classifier_config, _config, classifier_net, fingerprint, load_classifier, load_score, score_net
 from .kept import kept_index, rounded, write_kept
-from .runs import ParameterError, run_dir, sha256
+from .monitor import read_log
+from .runs import ParameterError, device_name, pick_device, run_dir, sha256
 from .schedule import VESchedule, expand
 
 # %% ../nbs/18a_registry.ipynb #e5250a1d
@@ -121,18 +123,23 @@ def _keep(
     key:str, # <dataset>/<preset>/<name>
     preset:ImagePreset, # the run's
     config:dict, # identifies the training
+    settings:ScoreSettings|ClassifierSettings, # of the training
+    device:torch.device|str, # where it was trained
 )->dict: # its line in the index
     "Keep one network."
     trained = {name for name, p in fresh.named_parameters() if p.requires_grad}
     tensors, after = rounded(net.state_dict(), trained), copy.deepcopy(net)
     after.load_state_dict(tensors)  # copies into float32
     facts = {"fingerprint": fingerprint(net), "rounded": fingerprint(after), "rounding_change": rounding_change(net, after, preset)}
+    took = cost.trained(read_log(run_dir(*key.split("/"))), settings.batch)
+    if took: facts["training"] = took | {"device": device_name(device)}
     return write_kept(key, tensors, config, facts)
 
 
 def keep_weights(
     preset:ImagePreset, # of a finished run
     seed:int=0, # of its trainings
+    device:torch.device|str|None=None, # where they were trained, which no checkpoint says; None: a GPU if there is one
 )->dict[str, dict]: # the new lines of the index, by path below weights/
     "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished."
     names = [f"score-{seed}", *(f"classifier-{loss}-{seed}" for loss in LOSSES)]
@@ -144,7 +151,8 @@ def keep_weights(
     configs = [_config(preset, preset.score, stage="score", seed=seed), *(_classifier_config(preset, loss, seed, score) for loss in LOSSES)]
     fresh = [score_net(preset), *[classifier_net(preset)] * len(LOSSES)]
     keys = [f"{preset.dataset}/{preset.name}/{name}" for name in names]
-    return {f"{key}.safetensors": _keep(net, new, key, preset, config) for key, net, new, config in zip(keys, nets, fresh, configs)}
+    settings = [preset.score, *[preset.classifier] * len(LOSSES)]
+    return {f"{row[2]}.safetensors": _keep(*row[:3], preset, *row[3:], pick_device(device)) for row in zip(nets, fresh, keys, configs, settings)}
 
 # %% ../nbs/18a_registry.ipynb #4a2348df
 def main(
@@ -156,10 +164,11 @@ def main(
     command.add_argument("dataset", help=", ".join(IMAGES))
     command.add_argument("preset", help="smoke, cpu (CIFAR only), demo or paper")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", help="where it was trained: cpu, cuda, …; by default a GPU if there is one")
     given = parser.parse_args(arguments)
     try:
         if given.preset not in IMAGES.get(given.dataset, ()): raise ParameterError(f"there is no preset {given.preset!r} of {given.dataset!r}")
-        for name, entry in keep_weights(IMAGES[given.dataset][given.preset], given.seed).items():
+        for name, entry in keep_weights(IMAGES[given.dataset][given.preset], given.seed, given.device).items():
             print(f"weights/{name}: {entry['size']:,} bytes, SHA-256 {entry['sha256'][:16]}…, rounding changes the output by {entry['rounding_change']:.1e}")
     except (ValueError, OSError) as e: raise SystemExit(f"{type(e).__name__}: {e}") from e
 

@@ -1,6 +1,7 @@
 """The notebook of the image trainings: wrong parameters in one line each, and a small run on the real CIFAR-10, end to end."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,7 @@ WRONG = [  # injected parameters, a change of the world, the line
     ({"preset": "paper"}, "", "preset = 'paper' is not allowed (preset must be 'smoke' or 'demo')"),
     ({"dataset": "cifar100", "preset": "big"}, "", "preset = 'big' is not allowed (preset must be 'smoke' or 'cpu' or 'demo' or 'paper')"),
     ({"seed": -1}, "", "seed = -1 is not allowed"),
-    ({"stages": "3"}, "", "stages = '3' is not allowed (stages must be '1' or '2' or '1,2')"),
+    ({"stages": "3"}, "", "stages = '3' is not allowed (stages must be '1' or '2' or '1,2' or 'none')"),
     ({"device": "cuda:99"}, "", "device = 'cuda:99' is not on this machine"),
     ({"datasett": "digits"}, "", "unknown parameter datasett; did you mean dataset?"),
     ({"dataset": "cifar10", "data_dir": "nowhere"}, "", "data_dir = 'nowhere' is not a folder"),
@@ -94,3 +95,20 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     assert {"ce", "scaling", "dlsm_prime", "total", "zero", "prior", "oracle"} == set(values["methods"]["p_sigma"])
     zero, ten, one = (values["methods"]["p_sigma"][name]["D_L"]["mean"][-1][0] for name in ("zero", "scaling", "ce"))
     assert 0 < zero < 1e-2 and ten > one > 0
+
+
+def test_kept_weights_are_measured_without_a_training(root, tmp_path, monkeypatch, untrained):
+    "In a clean root that holds nothing but them; the result names them."
+    import papermill
+
+    from dlsm.image_presets import IMAGES
+    from dlsm.registry import keep_weights
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    untrained()
+    files = {f"weights/{name}" for name in keep_weights(IMAGES["digits"]["smoke"])}
+    shutil.rmtree(tmp_path/"runs")
+    papermill.execute_notebook(root/"nbs/05_cifar.ipynb", tmp_path/"out.ipynb", {"stages": "none", "device": "cpu"}, kernel_name="python3",
+                               progress_bar=False, cwd=tmp_path)
+    result = json.loads((tmp_path/"runs/smoke/figures/digits/fig6.json").read_text(encoding="utf-8"))
+    assert set(result["inputs"]) == files and len(files) == 4 and result["values"]["trainings"] == {}
+    assert not list(tmp_path.glob("runs/**/step-*"))

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
         score = load_score(SMOKE)
         for loss in LOSSES:
             for _ in fit_classifier(SMOKE, digits, loss, score): pass
-        main(["keep", "digits", "smoke"])
+        main(["keep", "digits", "smoke", "--device", "cpu"])
         return root, dict(zip(NAMES, (score, *(load_classifier(SMOKE, loss, score) for loss in LOSSES))))
 
 
@@ -46,6 +46,9 @@ def clean(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0]/"weights", tmp_path/"weights")
     monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
     return tmp_path
+
+
+def entry_steps(name): return (SMOKE.score if name == "score-0" else SMOKE.classifier).steps
 
 
 def refused(kind, text, call, *args):
@@ -61,6 +64,7 @@ def test_a_clean_root_has_the_networks(trained, clean, capsys):
     assert [line.split(":")[0] for line in said] == NAMES and all("SHA-256" in line and "half precision" in line for line in said)
     for name, net in found.items():
         entry, before = kept_index()[f"digits/smoke/{name}.safetensors"], trained[1][name]
+        assert entry["training"]["steps"] == entry_steps(name) and entry["training"]["images_per_s"] > 0 and "CPU" in entry["training"]["device"]
         assert fingerprint(net) == entry["rounded"] != entry["fingerprint"] == fingerprint(before)
         change = registry.rounding_change(before, net, SMOKE)
         assert 0 < change < (1e-3 if name == "score-0" else 1e-2) and change == pytest.approx(entry["rounding_change"], rel=1e-3)
@@ -74,8 +78,7 @@ def test_files_say_what_they_are(trained):
         with safe_open(trained[0]/"weights"/"digits"/"smoke"/f"{name}.safetensors", "pt") as file:
             about = json.loads(file.metadata()["about"])
             assert {file.get_tensor(k).dtype for k in file.keys() if not k.endswith(("modules.0.W", "sigmas"))} == {torch.float16}
-        steps = (SMOKE.score if name == "score-0" else SMOKE.classifier).steps
-        assert about["config"]["steps"] == steps and "float16" in about["precision"] and about["fingerprint"] == fingerprint(trained[1][name])
+        assert about["config"]["steps"] == entry_steps(name) and "float16" in about["precision"] and about["fingerprint"] == fingerprint(trained[1][name])
     assert about["config"]["score"] == fingerprint(trained[1]["score-0"])
 
 
