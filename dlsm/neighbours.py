@@ -33,20 +33,22 @@ def _clouds(
     "Centre and scale sets of points alike."
     centre = sets[0].mean(0)
     scale = max(_rows(points, lambda part: (part - centre.to(part)).norm(dim=1)).max().item() for points in sets) or 1.
-    clouds = []
-    for points in sets:
-        x = torch.empty(len(points), points.shape[1] + 1, dtype=torch.float32, device=points.device)
-        size = max(1, BUDGET // x.shape[1])
-        for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre.to(part)) / scale
-        clouds.append(Cloud(points, x, _rows(x, lambda part: part[:, :-1].double().square().sum(1)), scale))
-        x[:, -1] = (_slack(clouds[-1]) - 1) / 2 * clouds[-1].norm
-    return clouds
+    return [_cloud(points, centre, scale) for points in sets]
+
+
+def _cloud(points:Tensor, centre:Tensor, scale:float)->Cloud:
+    x = torch.empty(len(points), points.shape[1] + 1, dtype=torch.float32, device=points.device)
+    size = max(1, BUDGET // x.shape[1])
+    for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre.to(part)) / scale
+    cloud = Cloud(points, x, _rows(x, lambda part: part[:, :-1].double().square().sum(1)), scale)
+    x[:, -1] = (_slack(cloud) - 1) / 2 * cloud.norm
+    return cloud
 
 
 def _rows(x:Tensor, f:Callable[[Tensor], Tensor])->Tensor: return torch.cat([f(part) for part in x.split(max(1, BUDGET // x.shape[1]))])
 
 
-def _slack(cloud:Cloud)->float: return (cloud.x.shape[1] + 64) * 2**-24
+def _slack(cloud:Cloud)->float: return (2 * cloud.x.shape[1] + 64) * 2**-24
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
-from . import cost
+from .cost import trained
 from .dsm import Score
 from .guidance import Classifier
-from .image_presets import IMAGES, ClassifierSettings, ImagePreset, ScoreSettings
+from .image_presets import IMAGES, ImagePreset
 from .images import LOSSES, _classifier_config, _config, classifier_net, fingerprint, load_classifier, load_score, score_net
 from .kept import kept_index, rounded, write_kept
 from .monitor import read_log
@@ -123,15 +123,14 @@ def _keep(
     key:str, # <dataset>/<preset>/<name>
     preset:ImagePreset, # the run's
     config:dict, # identifies the training
-    settings:ScoreSettings|ClassifierSettings, # of the training
-    device:torch.device|str, # where it was trained
+    device:torch.device, # where it was trained
 )->dict: # its line in the index
     "Keep one network."
-    trained = {name for name, p in fresh.named_parameters() if p.requires_grad}
-    tensors, after = rounded(net.state_dict(), trained), copy.deepcopy(net)
+    learnt = {name for name, p in fresh.named_parameters() if p.requires_grad}
+    tensors, after = rounded(net.state_dict(), learnt), copy.deepcopy(net)
     after.load_state_dict(tensors)  # copies into float32
     facts = {"fingerprint": fingerprint(net), "rounded": fingerprint(after), "rounding_change": rounding_change(net, after, preset)}
-    took = cost.trained(read_log(run_dir(*key.split("/"))), settings.batch)
+    took = trained(read_log(run_dir(*key.split("/"))), config["batch"])
     if took: facts["training"] = took | {"device": device_name(device)}
     return write_kept(key, tensors, config, facts)
 
@@ -151,8 +150,8 @@ def keep_weights(
     configs = [_config(preset, preset.score, stage="score", seed=seed), *(_classifier_config(preset, loss, seed, score) for loss in LOSSES)]
     fresh = [score_net(preset), *[classifier_net(preset)] * len(LOSSES)]
     keys = [f"{preset.dataset}/{preset.name}/{name}" for name in names]
-    settings = [preset.score, *[preset.classifier] * len(LOSSES)]
-    return {f"{row[2]}.safetensors": _keep(*row[:3], preset, *row[3:], pick_device(device)) for row in zip(nets, fresh, keys, configs, settings)}
+    where = pick_device(device)
+    return {f"{key}.safetensors": _keep(net, new, key, preset, config, where) for key, net, new, config in zip(keys, nets, fresh, configs)}
 
 # %% ../nbs/18a_registry.ipynb #4a2348df
 def main(

@@ -48,7 +48,7 @@ def clean(trained, tmp_path, monkeypatch):
     return tmp_path
 
 
-def entry_steps(name): return (SMOKE.score if name == "score-0" else SMOKE.classifier).steps
+def steps_of(name): return (SMOKE.score if name == "score-0" else SMOKE.classifier).steps
 
 
 def refused(kind, text, call, *args):
@@ -64,7 +64,7 @@ def test_a_clean_root_has_the_networks(trained, clean, capsys):
     assert [line.split(":")[0] for line in said] == NAMES and all("SHA-256" in line and "half precision" in line for line in said)
     for name, net in found.items():
         entry, before = kept_index()[f"digits/smoke/{name}.safetensors"], trained[1][name]
-        assert entry["training"]["steps"] == entry_steps(name) and entry["training"]["images_per_s"] > 0 and "CPU" in entry["training"]["device"]
+        assert entry["training"]["steps"] == steps_of(name) and entry["training"]["images_per_s"] > 0 and "CPU" in entry["training"]["device"]
         assert fingerprint(net) == entry["rounded"] != entry["fingerprint"] == fingerprint(before)
         change = registry.rounding_change(before, net, SMOKE)
         assert 0 < change < (1e-3 if name == "score-0" else 1e-2) and change == pytest.approx(entry["rounding_change"], rel=1e-3)
@@ -78,7 +78,7 @@ def test_files_say_what_they_are(trained):
         with safe_open(trained[0]/"weights"/"digits"/"smoke"/f"{name}.safetensors", "pt") as file:
             about = json.loads(file.metadata()["about"])
             assert {file.get_tensor(k).dtype for k in file.keys() if not k.endswith(("modules.0.W", "sigmas"))} == {torch.float16}
-        assert about["config"]["steps"] == entry_steps(name) and "float16" in about["precision"] and about["fingerprint"] == fingerprint(trained[1][name])
+        assert about["config"]["steps"] == steps_of(name) and "float16" in about["precision"] and about["fingerprint"] == fingerprint(trained[1][name])
     assert about["config"]["score"] == fingerprint(trained[1]["score-0"])
 
 

@@ -215,3 +215,14 @@ def test_more_points_than_a_few_blocks_give_what_prdc_gives():
     real, fake = torch.randn(2, 4_000, 8, generator=torch.Generator().manual_seed(0)).unbind()
     theirs, ours = compute_prdc(real.numpy(), fake.numpy(), 5), prdc(real, fake, 5)
     assert all(abs(ours[name] - float(theirs[name])) < 1e-9 for name in theirs)
+
+
+@pytest.mark.parametrize("d", [1, 64, 2048])
+@pytest.mark.parametrize("size", [1e-3, 1.])
+def test_the_product_is_within_its_bound(d, size):
+    "The bound of every pair is below its distance, and less than 2c(‖a‖² + ‖b‖²) below it, for points near the centre too."
+    generator = torch.Generator().manual_seed(0)
+    a, b = neighbours._clouds(size * torch.randn(40, d, generator=generator).exp(), torch.randn(50, d, generator=generator).exp())
+    ((_, base, t),) = neighbours._tiles(a, b, torch.arange(40))
+    bound, exact = base[:, None] - t.double(), (torch.cdist(a.points.double(), b.points.double()) / a.scale).square()
+    assert (bound <= exact).all() and (exact - bound < 2 * neighbours._slack(a) * (a.norm[:, None] + b.norm)).all()
