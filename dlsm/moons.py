@@ -58,6 +58,15 @@ def _draw(
     return index, _schedule(preset).at(u), torch.randn(n, preset.batch, 2, generator=generator, device=device)
 
 
+def _compiled(
+    loss:Callable[..., Tensor], # of all members
+    steps:int, # of the training
+    device:torch.device|str, # where to train
+)->Callable[..., Tensor]: # the same
+    "Compile a loss where that pays: on a GPU these small networks wait for their hundreds of small kernels, and a compilation costs some 10,000 steps of that."
+    return torch.compile(loss) if torch.device(device).type == "cuda" and steps > 10_000 else loss
+
+
 def _config(
     preset:MoonsPreset, # the run's
     **more, # plain values
@@ -79,9 +88,12 @@ def fit_scores(
     count = torch.tensor([len(x), half, len(x) - half] * preset.n_seeds, device=device)
     model = Ensemble([seeded(lambda: score_net(preset), seed + i // 3) for i in range(len(first))]).to(device)
 
+    def one(net, *batch): return dsm_loss(net, *batch, power=preset.power).mean()
+    together = _compiled(lambda model, *batch: model.map(one, *batch).sum(), preset.steps_prior, device)
+
     def loss(model, generator):
         index, sigma, noise = _draw(preset, first, count, generator)
-        return model.map(lambda net, *batch: dsm_loss(net, *batch, power=preset.power).mean(), x[index], sigma, noise).sum()
+        return together(model, x[index], sigma, noise)
     optimizer = torch.optim.Adam(model.parameters(), preset.lr_prior, fused=True)
     yield from fit(model, loss, preset.steps_prior, optimizer, seed, run_dir("moons", preset.name, f"scores-{seed}"), _config(preset, seed=seed),
                    decay=preset.lr_decay, ema=preset.ema, checkpoint_every=preset.checkpoint_every)
@@ -169,15 +181,14 @@ def fit_classifiers(
     priors = Ensemble([score_net(preset)] * n).to(device)
     for own, all_ in zip(priors.stacked, scores.stacked): own.data.copy_(all_.detach()[::3])
 
-    def loss(model, generator):
-        index, sigma, noise = _draw(preset, zero, size, generator)
-        clean, labels = x[index], y[index]
+    def ce(net, *batch): return ce_loss(net, *batch).mean()
+    def total(net, x, y, sigma, noise, prior, lam): return total_loss(net, lambda *_: prior, x, y, sigma, noise, lam, preset.power).mean()
+
+    def all_losses(model, clean, labels, sigma, noise):
         x_noisy = clean + sigma[..., None] * noise
         with torch.no_grad(): prior = priors(x_noisy, sigma)
-        ce = model["ce"].map(lambda net, *batch: ce_loss(net, *batch).mean(), x_noisy, sigma, labels)
-        def total(net, x, y, sigma, noise, prior, lam): return total_loss(net, lambda *_: prior, x, y, sigma, noise, lam, preset.power).mean()
         batch = [_expand(t, 2) for t in (clean, labels, sigma, noise, prior)]
-        return ce.sum() + map_members(total, [model["dlsm_prime"], model["total"]], *batch, lam).sum()
+        return model["ce"].map(ce, x_noisy, sigma, labels).sum() + map_members(total, [model["dlsm_prime"], model["total"]], *batch, lam).sum()
 
     def evaluate(state):
         found = measure([state.ema[name] for name in LOSSES])
@@ -185,6 +196,11 @@ def fit_classifiers(
     steps, rates = {
         "paper": (preset.steps, {"ce": preset.lr_ce, "dlsm_prime": preset.lr_dlsm, "total": preset.lr_total}),
         "joint": (preset.steps_joint, dict.fromkeys(LOSSES, preset.lr_joint))}[form]
+    together = _compiled(all_losses, steps, device)
+
+    def loss(model, generator):
+        index, sigma, noise = _draw(preset, zero, size, generator)
+        return together(model, x[index], y[index], sigma, noise)
     optimizer = torch.optim.Adam([{"params": model[name].parameters(), "lr": rates[name]} for name in LOSSES], fused=True)
     for state in fit(model, loss, steps, optimizer, seed + 1_000_003, run_dir("moons", preset.name, f"classifiers-{form}-{seed}"),
                      _config(preset, seed=seed, form=form), decay=preset.lr_decay, ema=preset.ema, evaluate=evaluate, every=preset.eval_every,
@@ -207,11 +223,15 @@ def fit_sweep(
     model = _copies(lambda: MLPClassifier(**FORMS[form]), [seed] * len(lam)).to(device)
     zero, size = torch.zeros(1, dtype=torch.long, device=device), torch.full((1,), len(x), device=device)
 
+    def all_losses(model, clean, labels, sigma, noise, found):
+        def total(net, lam, power): return total_loss(net, lambda *_: found, clean, labels, sigma, noise, lam, power).mean()
+        return model.map(total, lam, power).sum()
+    together = _compiled(all_losses, preset.steps_sweep, device)
+
     def loss(model, generator):
         index, sigma, noise = (t[0] for t in _draw(preset, zero, size, generator))
         with torch.no_grad(): found = prior(perturb(x[index], sigma, noise), sigma)
-        def total(net, lam, power): return total_loss(net, lambda *_: found, x[index], y[index], sigma, noise, lam, power).mean()
-        return model.map(total, lam, power).sum()
+        return together(model, x[index], y[index], sigma, noise, found)
     optimizer = torch.optim.Adam(model.parameters(), preset.lr_total if form == "paper" else preset.lr_joint, fused=True)
     yield from fit(model, loss, preset.steps_sweep, optimizer, seed + 2_000_003, run_dir("moons", preset.name, f"sweep-{form}-{seed}"),
                    _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep), decay=preset.lr_decay, ema=preset.ema,
