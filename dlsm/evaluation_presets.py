@@ -36,7 +36,7 @@ class EvaluationPreset:
 
 # %% ../nbs/17f_evaluation_presets.ipynb #86420005
 _SMALL = dict(net="small", batch=64, lr=2e-3, decay="cosine")
-_SHORT = dict(decay="cosine", every=500, checkpoint_every=1_000)
+
 
 EVALUATION = {
     "digits": (
@@ -48,7 +48,7 @@ for _name in ("cifar10", "cifar100"):
     EVALUATION[_name] = (
         EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=64),
         EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), replicates=10, n_real=10_000, size=64),
-        EvaluationPreset("demo", _name, CASSettings(batch=256, steps=4_000, lr=1e-3, **_SHORT), replicates=50, size=96),
+        EvaluationPreset("demo", _name, CASSettings(**_SMALL, steps=3_000, every=250, checkpoint_every=3_000), replicates=20, size=96),
         EvaluationPreset("paper", _name),
     )
 EVALUATION = {dataset: {preset.name: preset for preset in presets} for dataset, presets in EVALUATION.items()}
