@@ -37,7 +37,6 @@ class EvaluationPreset:
 # %% ../nbs/17f_evaluation_presets.ipynb #86420005
 _SMALL = dict(net="small", batch=64, lr=2e-3, decay="cosine")
 
-
 EVALUATION = {
     "digits": (
         EvaluationPreset("smoke", "digits", CASSettings(**_SMALL, steps=60, every=20, checkpoint_every=60), replicates=10),

@@ -155,7 +155,8 @@ def _train(
     if rank == 0:
         batch = draw(0, step_generator(seeds[1], 0, device))
         def work(net, n): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=bf16)
-        estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss)
+        estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss,
+                 compiled=preset.compiled and fast)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], settings.lr)
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
                    micro=micro, bf16=bf16, compiled=preset.compiled and fast, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)

@@ -107,7 +107,7 @@ def _seconds(
     few = max(1, batch // 16)
     timed(few)
     guess = timed(few) * batch / few
-    return timed(batch) if guess < 5 else guess
+    return guess if guess > 5 else min(timed(batch) for _ in range(2 if guess < 1 else 1))
 
 # %% ../nbs/13c_monitor.ipynb #4a90c3ca
 def _clock(seconds:float)->str: return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -124,6 +124,7 @@ def estimate(
     processes:int=1, # that share the batch
     gradient_in_loss:bool=False, # whether the loss differentiates the model
     available:float|None=None, # bytes; None: what is free now
+    compiled:bool=False, # whether the training will be compiled, which the measurement is not
 )->dict: # parameters, seconds, images_per_s, bytes
     "Print what a training will cost on this device. Raises `MemoryError`, one line, if there is too little memory."
     weight, model = next(model.parameters()), copy.deepcopy(model)
@@ -139,6 +140,6 @@ def estimate(
     found = {"parameters": n, "seconds": steps * seconds, "images_per_s": batch / seconds if seconds else None, "bytes": need}
     print(f"{title}: {n:,} parameters, {n_images:,} images, {steps:,} steps of {batch}" + (f" on {processes} processes" if processes > 1 else ""))
     if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s),"
-                    f" {need / 1e6:,.0f} MB", flush=True)
+                    f" {need / 1e6:,.0f} MB" + ("; less, as it is compiled, after a minute or two of compiling" if compiled else ""), flush=True)
     else: print("  finished before", flush=True)
     return found

@@ -63,8 +63,8 @@ def _compiled(
     steps:int, # of the training
     device:torch.device|str, # where to train
 )->Callable[..., Tensor]: # the same
-    "Compile a loss where that pays: on a GPU these small networks wait for their hundreds of small kernels, and a compilation costs some 10,000 steps of that."
-    return torch.compile(loss) if torch.device(device).type == "cuda" and steps > 10_000 else loss
+    "Compile a loss where that pays: on a GPU these small networks wait for hundreds of small kernels, and compiling takes as long as a few thousand such steps."
+    return torch.compile(loss) if torch.device(device).type == "cuda" and steps > 5_000 else loss
 
 
 def _config(

@@ -188,6 +188,18 @@ def test_too_little_memory_is_one_line(digits):
     assert estimate("stage 2", net, work, 6, 10, 100)["seconds"] > 0
 
 
+def test_the_first_batch_of_a_size_is_not_what_a_step_costs(capsys):
+    "As on a GPU, which chooses its kernels then: here the first batch of each size takes half a second."
+    net, seen = torch.nn.Linear(2, 2), set()
+
+    def work(net, n):
+        if n not in seen: time.sleep(0.5)
+        seen.add(n)
+        net(torch.ones(n, 2)).sum().backward()
+    assert estimate("a training", net, work, 64, 10, 100, compiled=True)["seconds"] < 10 * 0.1
+    assert "as it is compiled" in capsys.readouterr().out
+
+
 def test_images_of_another_size_are_refused(runs, digits):
     with pytest.raises(ValueError, match=r"images have shape \(1, 8, 8\); preset smoke of cifar10 is for \(3, 32, 32\)"):
         finish(fit_score(IMAGES["cifar10"]["smoke"], digits))
