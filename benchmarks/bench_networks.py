@@ -6,7 +6,7 @@
 On a GPU the paper's networks and batch sizes, plain (float32 without TF32, as written) against fast (bfloat16, channels
 last, compiled: what `fit` does). On a CPU small networks of the same kind. Operations are counted on the plain form; the
 time if memory were all that counts takes every layer's output as written once and read once in each pass, as it is without
-fusion.
+fusion. Where the time of a step goes, by kernel, is listed after it: what the two bounds leave open has a name there.
 """
 import time
 from dataclasses import dataclass
@@ -139,3 +139,25 @@ def test_throughput(benchmark, peak, work, way):
     share = f"{todo.flops / seconds / rate:.1%} of the measured {'bfloat16' if way == 'fast' else 'float32'} rate"
     bounds = f"operations alone {1e3 * todo.flops / rate:.1f} ms, memory alone {1e3 * todo.bytes / peak['copy']:.1f} ms"
     print(f"\n{work}, {way}: {seen[work, way]:,.0f} images/s, {share} ({1e3 * seconds:.1f} ms for {todo.batch}; {bounds}){gain}")
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_where_the_time_goes(benchmark, work):
+    "The kernels (on a CPU the operations) that take most of a step, as shares of the time of all of them."
+    from torch.profiler import ProfilerActivity, profile
+
+    def profiled():
+        with plain_float32():
+            todo = job(work, WAYS[-1])
+            for _ in range(3): todo.step()
+            synchronise()
+            with profile(activities=[ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]) as found:
+                todo.step()
+                synchronise()
+        return found.key_averages()
+    events = benchmark.pedantic(profiled, rounds=1)
+    spent = {e.key: e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total for e in events}
+    total, most = sum(spent.values()), sorted(spent, key=spent.get, reverse=True)[:8]
+    assert total > 0
+    calls = {e.key: e.count for e in events}
+    print(f"\n{work}, {WAYS[-1]}: {total / 1e3:.1f} ms in {sum(calls.values()):,} kernels" + "".join(f"\n{spent[k] / total:7.1%}  {calls[k]:5,} × {k[:110]}" for k in most))
