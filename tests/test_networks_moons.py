@@ -1,4 +1,6 @@
 """The networks for points, and many of them as one."""
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -94,3 +96,26 @@ def test_ensemble_state_round_trip():
 
 def test_ensemble_refuses_buffers():
     with pytest.raises(ValueError, match="buffers"): Ensemble([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["scores", "classifiers", "sweep"])
+def test_compiled_trainings_go_as_plain_ones_on_a_gpu(part, tmp_path, monkeypatch):
+    "Long trainings are compiled there; three steps of one give the weights of three plain ones, but for rounding."
+    import dlsm.moons
+    from dlsm.presets import MOONS
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    long = dataclasses.replace(MOONS["smoke"], steps=6_000, steps_prior=6_000, steps_sweep=6_000, eval_every=10**9, checkpoint_every=10**9)
+
+    def after_three_steps():
+        scores = Ensemble([seeded(lambda: dlsm.moons.score_net(long), 0)] * 3 * long.n_seeds).cuda()
+        steps = {"scores": lambda: dlsm.moons.fit_scores(long, 0, "cuda"), "classifiers": lambda: dlsm.moons.fit_classifiers(long, "paper", 0, scores, "cuda"),
+                 "sweep": lambda: dlsm.moons.fit_sweep(long, "paper", 0, scores.member(0), "cuda")}[part]()
+        state = next(state for state in steps if state.step == 3)
+        return [p.detach().clone() for p in state.model.parameters()]
+    calls, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda loss: calls.append(loss) or compile(loss))
+    compiled = after_three_steps()
+    monkeypatch.setattr(dlsm.moons, "_compiled", lambda loss, *_: loss)
+    assert len(calls) == 1
+    for a, b in zip(compiled, after_three_steps()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
