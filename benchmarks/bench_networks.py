@@ -156,8 +156,8 @@ def test_where_the_time_goes(benchmark, work):
                 synchronise()
         return found.key_averages()
     events = benchmark.pedantic(profiled, rounds=1)
-    spent = {e.key: e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total for e in events}
-    total, most = sum(spent.values()), sorted(spent, key=spent.get, reverse=True)[:8]
+    spent = {e.key: (e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total, e.count) for e in events}
+    total, kernels = map(sum, zip(*spent.values()))
     assert total > 0
-    calls = {e.key: e.count for e in events}
-    print(f"\n{work}, {WAYS[-1]}: {total / 1e3:.1f} ms in {sum(calls.values()):,} kernels" + "".join(f"\n{spent[k] / total:7.1%}  {calls[k]:5,} × {k[:110]}" for k in most))
+    most = sorted(spent.items(), key=lambda item: item[1], reverse=True)[:8]
+    print(f"\n{work}, {WAYS[-1]}: {total / 1e3:.1f} ms in {kernels:,} kernels" + "".join(f"\n{time / total:7.1%}  {n:5,} × {name[:110]}" for name, (time, n) in most))

@@ -145,6 +145,7 @@ def _train(
     "Say what a training costs, then run it."
     device = images.x.device
     fast, (rank, processes) = device.type == "cuda", team(device)
+    compiled = preset.compiled and fast
     if tuple(images.x.shape[1:]) != (preset.channels, preset.image_size, preset.image_size): raise ValueError(
         f"images have shape {tuple(images.x.shape[1:])}; preset {preset.name} of {preset.dataset} is for {(preset.channels, preset.image_size, preset.image_size)}")
     model = seeded(net, seeds[0]).to(device, memory_format=_layout(config))
@@ -155,11 +156,10 @@ def _train(
     if rank == 0:
         batch = draw(0, step_generator(seeds[1], 0, device))
         def work(net, n): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=bf16)
-        estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss,
-                 compiled=preset.compiled and fast)
+        estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss, compiled=compiled)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], settings.lr)
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
-                   micro=micro, bf16=bf16, compiled=preset.compiled and fast, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
+                   micro=micro, bf16=bf16, compiled=compiled, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
 
 # %% ../nbs/13b_images.ipynb #ae137cb1
 def fit_score(

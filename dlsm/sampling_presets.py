@@ -38,7 +38,7 @@ class SamplingPreset:
 
 # %% ../nbs/17e_sampling_presets.ipynb #2ad13a22
 _FAST = dict(sampler="heun-18", per_image=True, centre=0.5)
-_CIFAR = _FAST | dict(bf16=True, compared=("heun-5", "heun-9", "heun-18", "heun-36", "2m-9", "2m-18", "2m-36", "2m-72", "pc-100", "pc-1000"))
+_CIFAR = _FAST | dict(sampler="2m-18", bf16=True, compared=("heun-5", "heun-9", "heun-18", "heun-36", "2m-9", "2m-18", "2m-36", "2m-72", "pc-100", "pc-1000"))
 
 SAMPLING = {
     "digits": (
@@ -55,7 +55,7 @@ for _name, _k in (("cifar10", 10), ("cifar100", 100)):
                        **_FAST | dict(sampler="heun-3", shard=20, alphas=(1.,))),
         SamplingPreset("cpu", _name, n_per_class=10_000 // _k, n_frontier=500 // _k, n_compare=100 // _k,
                        compared=("heun-5", "heun-9", "2m-6", "2m-12", "2m-24", "pc-24", "pc-100"), **_FAST | dict(sampler="2m-12")),
-        SamplingPreset("demo", _name, n_per_class=5_000 // _k, n_frontier=1_000 // _k, n_compare=200 // _k, **_CIFAR | dict(sampler="2m-18")),
+        SamplingPreset("demo", _name, n_per_class=5_000 // _k, n_frontier=1_000 // _k, n_compare=200 // _k, **_CIFAR),
         SamplingPreset("paper", _name, n_per_class=50_000 // _k, n_frontier=5_000 // _k, n_compare=1_000 // _k, compared=_CIFAR["compared"]),
     )
 SAMPLING = {dataset: {preset.name: preset for preset in presets} for dataset, presets in SAMPLING.items()}
