@@ -23,7 +23,7 @@ STORY = {
     "04_moons":         (MOONS, [], ["moons/fig1", "moons/table1"]),
     "05_cifar":         (IMAGES, [], ["{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
-    "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/fig4"]),
+    "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations"], ["report"]),
     "index":            (ALL, ["09_report"], []),

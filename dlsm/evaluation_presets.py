@@ -40,14 +40,14 @@ _SMALL = dict(net="small", batch=64, lr=2e-3, decay="cosine")
 EVALUATION = {
     "digits": (
         EvaluationPreset("smoke", "digits", CASSettings(**_SMALL, steps=60, every=20, checkpoint_every=60), replicates=10),
-        EvaluationPreset("demo", "digits", CASSettings(**_SMALL, steps=600, every=50, checkpoint_every=600), n_cas=3),
+        EvaluationPreset("demo", "digits", CASSettings(**_SMALL, steps=600, every=50, checkpoint_every=600), n_cas=5),
     ),
 }
 for _name in ("cifar10", "cifar100"):
     EVALUATION[_name] = (
         EvaluationPreset("smoke", _name, CASSettings(batch=8, steps=2, every=1, checkpoint_every=2), replicates=3, n_real=200, size=64),
-        EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), replicates=10, n_real=10_000, size=64),
-        EvaluationPreset("demo", _name, CASSettings(**_SMALL, steps=3_000, every=250, checkpoint_every=3_000), replicates=20, size=96),
+        EvaluationPreset("cpu", _name, CASSettings(**_SMALL, steps=2_000, every=200, checkpoint_every=1_000), n_cas=3, replicates=10, n_real=10_000, size=64),
+        EvaluationPreset("demo", _name, CASSettings(**_SMALL, steps=3_000, every=250, checkpoint_every=3_000), n_cas=3, replicates=20, size=96),
         EvaluationPreset("paper", _name),
     )
 EVALUATION = {dataset: {preset.name: preset for preset in presets} for dataset, presets in EVALUATION.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['calibration_error', 'quality', 'logits_at', 'Exact', 'image_oracle', 'score_errors', 'likelihood_scores', 'mismatch',
-           'curves']
+           'compared', 'curves']
 
 # %% ../nbs/19a_mismatch.ipynb #ea0969ba
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtrit
 from torch import Tensor
 
 from .dsm import Score, perturb
@@ -149,6 +150,24 @@ def mismatch(
     found["prior"] = {"error": _lengths(prior - exact.prior, 1), "norm": _lengths(exact.prior, 1),
                       "cosine": F.cosine_similarity(prior.double().flatten(1), exact.prior.flatten(1))}
     return found | {"oracle": {"log_p": exact.log_p, "neighbours": exact.neighbours}}
+
+# %% ../nbs/19a_mismatch.ipynb #c05a0002
+def compared(
+    levels:list[dict], # results of `mismatch`, of the levels to sum over
+    sigmas:list[float], # these levels
+    method:str, # ce, scaling, …
+    than:str="zero", # the method that it is compared with
+    what:str="D_L", # or D_P
+    part:slice=slice(None), # of the images
+    label:int=0, # of each image: 0 its own class
+)->tuple[float, float, float]: # difference (below 0: `method` is closer to the exact score), low, high
+    "Compare two methods by Σ σ·D over levels and images, in units of the zero score's, with a paired 95% interval over images."
+    def summed(name): return sum(sigma * level[name][what][label, part].double() for sigma, level in zip(sigmas, levels))
+    zero, difference = summed("zero"), summed(method) - summed(than)
+    ratio = (difference.mean() / zero.mean()).item()
+    error = ((difference - ratio * zero).std() / zero.mean()).item() / len(zero)**0.5
+    half_width = stdtrit(len(zero) - 1, 0.975) * error
+    return ratio, ratio - half_width, ratio + half_width
 
 # %% ../nbs/19a_mismatch.ipynb #042f326e
 def curves(

@@ -81,13 +81,14 @@ def verdict(
     numbers:Iterable[dict], # of `number`
     claims:Iterable[dict], # of `Claim.check`
 )->tuple[str, str]: # one of the first three of `VERDICTS`, and why
-    "Judge a result on the paper's data."
-    judged = [n for n in numbers if n["ok"] is not None]
-    failing = [c["claim"] for c in claims if c["judged"] and c["ok"] is False]
-    if failing: return "not yet", "does not hold: " + "; ".join(failing)
+    "Judge a result on the paper's data. Claims that are shown and not judged change no verdict; those that do not hold are named."
+    judged, claims = [n for n in numbers if n["ok"] is not None], list(claims)
+    failing, shown = ([c["claim"] for c in claims if c["judged"] is on and c["ok"] is False] for on in (True, False))
+    also = f"; shown, not judged, does not hold: {'; '.join(shown)}" if shown else ""
+    if failing: return "not yet", "does not hold: " + "; ".join(failing) + also
     off = [f"{n['name']} {n['deviation']:+.0%}" for n in judged if not n["ok"]]
-    if off: return "shape only", "off: " + ", ".join(off)
-    return ("within tolerance", f"all {len(judged)} numbers") if judged else ("shape only", "no printed number")
+    if off: return "shape only", "off: " + ", ".join(off) + also
+    return ("within tolerance", f"all {len(judged)} numbers{also}") if judged else ("shape only", f"no printed number{also}")
 
 # %% ../nbs/17b_verdicts.ipynb #07e6ab61
 def show(

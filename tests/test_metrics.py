@@ -10,8 +10,8 @@ import torch
 from dlsm import neighbours
 from dlsm.classwise import check_balanced, classwise, released, stream
 from dlsm.features import Features
-from dlsm.intervals import accuracy_draws, halves, interval
-from dlsm.metrics import CLAIMS, ROWS, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
+from dlsm.intervals import accuracy_interval, halves, interval
+from dlsm.metrics import CLAIMS, FAIR, ROWS, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
 from dlsm.neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii
 
 
@@ -169,8 +169,17 @@ def test_intervals_have_the_right_size():
     low, high = interval(x.mean().item(), [x[h].mean().item() for h in halves(torch.zeros(1000), 400, 0)])
     assert (high - low) / 2 == pytest.approx(1.96 * x.std().item() / 1000**0.5, rel=0.12)
     right = torch.rand(3, 500, generator=torch.Generator().manual_seed(0)) < 0.7
-    assert accuracy_draws(right, 500, 0).mean() == pytest.approx(right.double().mean().item(), abs=0.01)
-    assert estimate_accuracy(right, right)["value"] == 0 and estimate_accuracy(right, right)["high"] == 0  # the same draws for both
+    assert np.mean(accuracy_interval(right)) == pytest.approx(right.double().mean().item())
+    assert estimate_accuracy(right, right)["value"] == 0 and estimate_accuracy(right, right)["high"] == 0  # subtracted image by image
+    runs = torch.tensor([[True] * 80 + [False] * 20, [True] * 60 + [False] * 40])
+    one, two = (accuracy_interval(r) for r in (runs[:1], runs))
+    assert two[1] - two[0] > 10 * (one[1] - one[0])  # two trainings that disagree say little: Student's t with one degree of freedom is 12.7
+
+
+def test_few_halves_make_wide_intervals():
+    "Student's t: as few halves as there may be."
+    assert interval(0., [-1., 1.])[1] == pytest.approx(12.706 * 2**0.5, rel=1e-4) and interval(0., [-1., 1.] * 500)[1] == pytest.approx(1.962, abs=2e-3)
+    with pytest.raises(ValueError, match="1 halves given; expected at least 2"): interval(0., [1.])
 
 
 def test_measure_and_differences():
@@ -193,8 +202,13 @@ def test_names_and_claims():
     assert row_titles("Inception-v3 (FID)", "Inception-v3 (FID)")["FID"] == "FID" and row_titles("Inception-v3 (FID)", "Inception-v3 (FID)")["IS"] == "IS"
     other = row_titles("pixels", "digits classifier")
     assert other["FID"] == "Fréchet distance, pixels" and other["IS"] == "Inception-like score, digits classifier" and other["cw_recall"] == "(CW) Recall"
-    assert list(other) == list(ROWS) and len(CLAIMS) == 10
-    claim = next(c for c in CLAIMS if c.row == "FID")
+    assert list(other) == list(ROWS) and len(CLAIMS) == 14
+    claim = next(c for c in CLAIMS if c.row == "FID" and c.method == "dlsm")
+    printed = {"FID": [4., 12., 2.], "CAS": [0.4, 0.5, 0.6]}
+    against = {c.text: check_claim(c, None, printed)["paper"] for c in CLAIMS if c.other == "scaling"}
+    assert against == {"against scaling too, ours has the lower FID": -10, "against scaling too, ours has the higher CAS": pytest.approx(0.1)}
+    fair = check_claim(FAIR, {"value": -1., "low": -2., "high": -0.1}, printed)
+    assert fair["holds"] is True and fair["paper"] is None and not fair["of_paper"]  # the paper has one α for each
     assert check_claim(claim, {"value": -1., "low": -2., "high": -0.1})["holds"] is True
     assert check_claim(claim, {"value": -1., "low": -2., "high": 0.1})["why"].startswith("the interval contains 0: the sign is as claimed")
     assert check_claim(claim, {"value": 1., "low": 0.5, "high": 2.})["why"] == "the whole interval has the opposite sign"
