@@ -21,7 +21,7 @@ STORY = {
     "02_decomposition": (MOONS, [], []),
     "03_dlsm":          (MOONS, [], ["moons/fig2"]),
     "04_moons":         (MOONS, [], ["moons/fig1", "moons/table1"]),
-    "05_cifar":         (IMAGES, [], ["{dataset}/fig6"]),
+    "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
@@ -34,9 +34,11 @@ DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
 
-# What a job of a cluster reserves for CIFAR, by preset: minutes, MB and GPUs. One that is cut off goes on from its last checkpoint.
-RESERVED = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
+# What a job of a cluster reserves, by data set or notebook, and by preset: minutes, MB and GPUs. One that is cut off goes on from its last checkpoint.
+CIFAR = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
+TRAINED = {"paper": (720, 32_000, 1)}  # the moons, where the paper trains on them
 USUAL = (60, 16_000, 0)
+RESERVED = {"cifar10": CIFAR, "cifar100": CIFAR, "04_moons": TRAINED, "08_ablations": TRAINED}
 
 # On a small machine little of `demo` gains from a second thread: its data sets run side by side, each on its share of the cores.
 SHARES = len(DATASETS) if PRESET == "demo" else 1
@@ -96,7 +98,7 @@ rule all:
 
 for story, data in TARGETS:
     figures = "runs/smoke/figures" if PRESET == "smoke" and takes(story, "preset") else "figures"
-    minutes, memory, gpus = RESERVED.get(PRESET, USUAL) if data.startswith("cifar") else USUAL
+    minutes, memory, gpus = RESERVED.get(data, RESERVED.get(story, {})).get(PRESET, USUAL)
 
     rule:
         name: f"{data}_{story}"
