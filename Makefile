@@ -30,7 +30,7 @@ lab: .venv/.ready ## open JupyterLab on the index
 	@$(python) -m jupyter lab nbs/index.ipynb
 
 bench: .venv/.ready ## run the benchmarks
-	@$(python) -m pytest benchmarks --benchmark-enable
+	@$(python) -m pytest benchmarks --benchmark-enable -s
 
 export: .venv/.ready ## write dlsm/ from the notebooks, and clean the notebooks
 	@.venv/bin/nbdev_export && .venv/bin/nbdev_clean
@@ -56,6 +56,6 @@ clean: ## remove smoke runs, caches and built packages; trained models, data and
 	echo "Installing requirements.lock (up to 6 GB with CUDA)"; \
 	if command -v uv >/dev/null; then install="uv pip install --quiet --python $(python)"; \
 	else install="$(python) -m pip install --quiet --disable-pip-version-check --use-pep517"; fi; \
-	$$install --no-deps -r requirements.lock; $$install --no-deps -e .; touch $@
+	$$install --no-deps -r requirements.lock; $$install --no-deps --no-build-isolation -e .; touch $@
 
 .PHONY: help reproduce test verify lab bench export readme lock clean

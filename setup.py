@@ -14,7 +14,7 @@ status = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 -
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "", long_description_content_type="text/markdown",
-    author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license_expression="Apache-2.0", license_files=["LICENSE"],
+    author=cfg["author"], url=cfg["git_url"] or None, license_expression="Apache-2.0", license_files=["LICENSE"],
     classifiers=[f"Development Status :: {status}", f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3 :: Only", "Framework :: Jupyter",
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],

@@ -87,7 +87,7 @@ def paired(
 
 # %% ../nbs/15a_features.ipynb #b9c90009
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-NEEDS = 'pip install "dlsm[evaluation]"'
+NEEDS = 'pip install ".[evaluation]"'
 
 
 def inception_path()->Path:

@@ -29,15 +29,22 @@ def root():
     return ROOT
 
 
+def unpacked(root):
+    "The files of the project where no git tells them from what was built, as in an unpacked archive: all but folders of these names at the root, and caches anywhere."
+    built = {"runs", "data", "build", "dist"}
+    caches = {"__pycache__", ".ipynb_checkpoints", "_proc", "_docs", ".snakemake", ".pytest_cache", ".ruff_cache", ".benchmarks"}
+    def kept(parts):
+        return parts[0] not in built and not parts[0].startswith(".venv") and not any(part in caches or part.endswith(".egg-info") for part in parts)
+    return [name for path in root.rglob("*") if kept((name := path.relative_to(root)).parts)]
+
+
 @pytest.fixture(scope="session")
 def tracked(root):
     "The files of the project: those that git tracks or would, or in an unpacked archive all that are not built."
     if (root/".git").exists():
         listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
                                 cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
-    else:
-        skipped = {".venv", "runs", "data", "build", "dist", ".snakemake", "__pycache__"}
-        listed = [p.relative_to(root) for p in root.rglob("*") if not skipped & set(p.relative_to(root).parts)]
+    else: listed = unpacked(root)
     return [root/name for name in listed if (root/name).is_file()]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import unpacked
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -95,18 +96,44 @@ def test_code_is_linted(copy):
     run(["ruff", "check", "--no-cache", "."], copy)
 
 
+def names_of_the_machine(text, home, root):
+    "Paths of a machine, addresses of registries, folders of a build: those in a text. A home or a clone counts if its path has two parts; `/` and `/dlsm` are everywhere."
+    words = {"pypi" + ".org", "files.python" + "hosted", "down" + "load.pytorch", "conda" + ".anaconda", "." + "carry"}
+    folders = {"/".join(["", "work", ""]), "/".join(["", "root", ""]), *(f"{place.as_posix()}/" for place in (home, root) if len(place.parts) > 2)}
+    plain = re.sub(r"https?://[^\s)>\"'`]+", "", text)  # an address is no path
+    return sorted({word for word in words if word in text} | {folder for folder in folders if re.search(rf"(?<![\w.-]){re.escape(folder)}", plain)})
+
+
 def test_tracked_files_name_nothing_of_the_machine(root, tracked):
     "No path of a machine, no registry's address; only the script of continuous integration knows its neighbour."
-    words = {"/".join(["", "work", ""]), "/".join(["", "root", ""]), str(Path.home()) + "/", str(root) + "/", "pypi" + ".org",
-             "files.python" + "hosted", "down" + "load.pytorch", "conda" + ".anaconda"}
     neighbour = "../" + "shared"
     found = []
     for path in tracked:
         if path.suffix not in TEXT: continue
         text, name = path.read_text(encoding="utf-8", errors="ignore"), path.relative_to(root).as_posix()
-        found += [(name, word) for word in words if word in text]
+        found += [(name, word) for word in names_of_the_machine(text, Path.home(), root)]
         if neighbour in text and name != ".ci/run": found.append((name, neighbour))
     assert not found
+
+
+@pytest.mark.parametrize(("text", "home", "root", "found"), (
+    ("a // b, see https://example.org/a/b", "/", "/src/a", []), ("the folder dlsm/ and https://example.org/dlsm/dlsm/", "/home/me", "/dlsm", []),
+    ("https://example.org/home/me/x", "/home/me", "/src/a", []), ("data/home/me/x", "/home/me", "/src/a", []),
+    ("in '/home/me/x' and file:///src/a/b", "/home/me", "/src/a", ["/home/me/", "/src/a/"]), ("=/src/a/b", "/", "/src/a", ["/src/a/"]),
+    ("/".join(["", "work", "x"]) + " ." + "carry", "/", "/dlsm", ["." + "carry", "/".join(["", "work", ""])])))
+def test_which_names_are_a_machines(text, home, root, found):
+    assert names_of_the_machine(text, Path(home), Path(root)) == sorted(found)
+
+
+def test_an_unpacked_archive_has_the_same_files(root, tracked, tmp_path):
+    "Without git, files are known by their place: what was built is left out, and tests/data is not taken for the data."
+    built = {"data/x.bin", "runs/x.pt", ".venv/x.py", ".venv-old/x.py", "dlsm/__pycache__/x.pyc", "dlsm.egg-info/PKG-INFO", "nbs/.ipynb_checkpoints/x.ipynb"}
+    ours = {path.relative_to(root).as_posix() for path in tracked}
+    for name in ours | built:
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).touch()
+    found = {name.as_posix() for name in unpacked(tmp_path) if (tmp_path/name).is_file()}
+    assert found == ours and "tests/data/parity_keys.json" in found
 
 
 # ---- requirements
@@ -134,7 +161,9 @@ def test_lock_satisfies_settings(root, settings):
 def test_environment_lists_the_same_requirements(root, settings):
     dependencies = yaml.safe_load((root/"environment.yml").read_text(encoding="utf-8"))["dependencies"]
     (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    assert pip == all_requirements(settings)
+    assert pip == [*all_requirements(settings), "-e ."], "the requirements of settings.ini and its extras, then dlsm itself"
+    assert {"git", "make", "pip", f"python>={settings['min_python']}"} <= {entry for entry in dependencies if isinstance(entry, str)}
+    assert "conda env create -f environment.yml" in (root/"README.md").read_text(encoding="utf-8")
 
 
 def test_modules_import_only_what_the_library_requires(root, settings):
@@ -162,6 +191,29 @@ def test_citation(root, settings):
     assert f"## {settings['version']}" in (root/"CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_one_address_or_none(root, settings):
+    "README.md, settings.ini and CITATION.cff name the same public address, or none of them does; nothing is installed from another."
+    readme, citation = ((root/name).read_text(encoding="utf-8") for name in ("README.md", "CITATION.cff"))
+    cited = re.search(r"^@software\{.*?^\}", readme, re.MULTILINE | re.DOTALL)[0]
+    named = {"settings.ini": settings["git_url"], "CITATION.cff": yaml.safe_load(citation).get("repository-code", ""),
+             "README.md": "".join(re.findall(r"url *= *\{(.*?)\}", cited))}
+    (address,) = {url.rstrip("/") for url in named.values()}  # one
+    assert all(address and url.startswith(address) for url in re.findall(r"git\+([^\s\"]+)", readme))
+    assert address or not re.search(r"git(hub|lab)\.\w+[/:]dlsm", readme + citation + (root/"settings.ini").read_text(encoding="utf-8"))
+    assert f"version = {{{settings['version']}}}" in cited
+
+
+def test_commands_of_the_readme_have_parameters_that_exist(root):
+    "papermill only warns of an unknown one."
+    commands = re.findall(r"^papermill (nbs/\S+) (.*)$", (root/"README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [Path(path).stem for path, _ in commands] == ["05_cifar", "06_sampling", "07_evaluation"]
+    for path, options in commands:
+        cells = json.loads((root/path).read_text(encoding="utf-8"))["cells"]
+        (known,) = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        given = dict(re.findall(r"-p (\w+) (\S+)", options))
+        assert given.keys() <= {*re.findall(r"^(\w+):", known, re.MULTILINE)} and (given["dataset"], given["preset"]) == ("cifar10", "cpu"), path
+
+
 # ---- what takes minutes
 
 @pytest.mark.project
@@ -182,8 +234,8 @@ def test_wheel_in_an_empty_environment(copy, settings, tmp_path):
 
     The requirements are not installed again (6 GB): a path file shows the environment the packages installed here, but not
     this project, because path files found that way (an editable install is one) are not followed. The workflow `wheel`
-    installs everything anew."""
-    run([sys.executable, "-m", "uv", "build", "--quiet", "--out-dir", tmp_path/"dist"], copy)
+    installs everything anew. No network is needed: setuptools, which builds, is installed here too."""
+    run([sys.executable, "-m", "uv", "build", "--offline", "--no-build-isolation", "--python", sys.executable, "--quiet", "--out-dir", tmp_path/"dist"], copy)
     (sdist,), (wheel,) = tmp_path.glob("dist/*.tar.gz"), tmp_path.glob("dist/*.whl")
     inside = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     assert {"settings.ini", "LICENSE", "CITATION.cff", "dlsm/paper.json"} <= inside
@@ -201,7 +253,7 @@ def test_wheel_in_an_empty_environment(copy, settings, tmp_path):
 
     run([sys.executable, "-m", "venv", "--without-pip", tmp_path/"env"], tmp_path)
     python = tmp_path/"env/bin/python"
-    run([sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", python, wheel], tmp_path)
+    run([sys.executable, "-m", "uv", "pip", "install", "--offline", "--quiet", "--no-deps", "--python", python, wheel], tmp_path)
     (packages,) = (tmp_path/"env").glob("lib/python*/site-packages")
     (packages/"requirements.pth").write_text(os.path.dirname(os.path.dirname(pytest.__file__)))
     code = ("import dlsm, importlib, pkgutil; print(dlsm.__file__, dlsm.__version__)\n"

@@ -15,6 +15,7 @@ from dlsm.image_presets import IMAGES
 from dlsm.images import LOSSES, fingerprint, fit_classifier, fit_score, load_classifier, load_score
 from dlsm.kept import kept_index
 from dlsm.registry import keep_weights, main
+from dlsm.runs import sha256
 from dlsm.samples import load_networks, load_samples, make_samples, sample_dir
 from dlsm.sampling_presets import SAMPLING
 
@@ -151,12 +152,17 @@ def test_command_line(tmp_path, root):
     assert done.returncode == 1 and done.stderr.startswith("FileNotFoundError: score-0") and done.stderr.count("\n") == 1
 
 
-def test_the_committed_weights_are_whole(root, monkeypatch):
-    "Each file of the repository's weights/ is in the index, loads, and belongs to its preset."
-    monkeypatch.setenv("DLSM_ROOT", str(root))
-    from dlsm.runs import sha256
-    index = kept_index()
-    assert set(index) == {p.relative_to(root/"weights").as_posix() for p in root.glob("weights/**/*.safetensors")}
-    for name, entry in index.items():
-        assert sha256(root/"weights"/name) == entry["sha256"] and (root/"weights"/name).stat().st_size == entry["size"]
-        assert entry["rounding_change"] < 1e-2, name
+def test_the_committed_weights_are_whole(root, tmp_path, monkeypatch):
+    "Each file of the repository's weights/ is in the index, loads where nothing was trained, and belongs to its preset."
+    shutil.copytree(root/"weights", tmp_path/"weights")
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    index, scores = kept_index(), {}
+    assert set(index) == {p.relative_to(tmp_path/"weights").as_posix() for p in tmp_path.glob("weights/**/*.safetensors")}
+    for name in sorted(index, key=lambda name: "/score-" not in name):  # a classifier needs the score model that it was trained with
+        entry, (dataset, preset, file) = index[name], name.split("/")
+        settings, (kind, *loss, seed) = IMAGES[dataset][preset], file.removesuffix(".safetensors").split("-")
+        assert sha256(tmp_path/"weights"/name) == entry["sha256"] and (tmp_path/"weights"/name).stat().st_size == entry["size"]
+        if kind == "score": net = scores[dataset, preset, seed] = load_score(settings, int(seed))
+        else: net = load_classifier(settings, *loss, scores[dataset, preset, seed], int(seed))
+        assert fingerprint(net) == entry["rounded"] and entry["rounding_change"] < 1e-2, name
+    assert not list(tmp_path.glob("runs/**/step-*"))

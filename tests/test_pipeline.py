@@ -71,14 +71,26 @@ def cluster(tmp_path):
     return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}, note
 
 
-def test_profile_of_slurm(copy, cluster):
+@pytest.mark.parametrize(("dataset", "rule", "needs"), [
+    ("cifar10", "cifar10_05_cifar", ("-t 2880", "--mem 64000", "--gpus=1")), ("moons", "moons_04_moons", ("-t 720", "--mem 32000", "--gpus=1"))])
+def test_profile_of_slurm(copy, cluster, dataset, rule, needs):
     "A notebook is submitted with the time, the memory and the GPU that its preset needs, to the account and partition that were named."
     pytest.importorskip("snakemake_executor_plugin_slurm", reason='needs dlsm[cluster]')
     env, note = cluster
-    code, said = snakemake(copy, "paper", "cifar10", "--profile", "profiles/slurm", "--retries", "0",
+    code, said = snakemake(copy, "paper", dataset, "--profile", "profiles/slurm", "--retries", "0",
                            "--slurm-init-seconds-before-status-checks", "1", "--default-resources",
-                           "slurm_account=me", "slurm_partition=normal", "--", "cifar10_05_cifar", env=env)
+                           "slurm_account=me", "slurm_partition=normal", "--", rule, env=env)
     assert code != 0 and "full" in said and note.exists(), said
     given = " ".join(json.loads(note.read_text(encoding="utf-8")))
-    expected = ("-A me", "-p normal", "-t 2880", "--mem 64000", "--gpus=1", "--cpus-per-task=8", "--comment rule_cifar10_05_cifar")
+    expected = ("-A me", "-p normal", *needs, "--cpus-per-task=8", f"--comment rule_{rule}")
     assert [wanted for wanted in expected if wanted not in given] == []
+
+
+@pytest.mark.parametrize(("preset", "dataset", "gpus"), [
+    ("paper", "moons,cifar100", {"moons_04_moons", "moons_08_ablations", *(f"cifar100_{name}" for name in ("05_cifar", "06_sampling", "07_evaluation"))}),
+    ("demo", "moons,digits", set())])
+def test_who_reserves_a_gpu(copy, preset, dataset, gpus):
+    code, said = snakemake(copy, preset, dataset, "--cores", "all", "--dry-run", "--forceall")
+    assert code == 0, said
+    jobs = re.findall(r"^rule (\w+):.*?^ +resources: (.*?)$", said, re.MULTILINE | re.DOTALL)
+    assert {name for name, resources in jobs if "gpu=1" in resources} == gpus and len(jobs) > len(gpus)

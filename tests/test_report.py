@@ -217,7 +217,8 @@ def test_stand_ins_bring_their_claims(report, home):
     def claim(text, difference, holds):
         return {"claim": text, "row": "recall", "method": "dlsm", "other": "base", "of_paper": True, "sign": 1, "paper": 0.0123, "difference": difference,
                 "low": -0.4321, "high": 0.2468, "holds": holds, "why": "so many"}
-    claims = [claim("ours is better", 0.1357, True), claim("scaling raises precision", 0.1, True), claim("ours is much better", -0.2711, False), claim("not measured", None, None) | {"low": None, "high": None}]
+    claims = [claim("ours is better", 0.1357, True), claim("scaling raises precision", 0.1, True), claim("ours is much better", -0.2711, False),
+              claim("not measured", None, None) | {"low": None, "high": None}]
     table = {"images_per_class": 12, "features": "pixels", "claims": claims, "methods": ["base", "scaling", "dlsm"], "comparable": [], "real_images": {"recall": 0.9753},
              "recall": [0.4141, 0.5, 0.6], "interval": {"recall": {"base": [0.4041, 0.4241], "scaling": None, "dlsm": [0.5, 0.7]}}}
     rows_ = {name: {"D_L": 1.2342 + i, "D_P": 0.7531, "cosine": 0.6161} for i, name in enumerate(("ce", "scaling", "dlsm_prime", "total"))}

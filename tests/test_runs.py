@@ -159,7 +159,19 @@ def test_roundtrip(home):
     assert pictures == [path.with_suffix(s).read_bytes() for s in (".png", ".svg")], "the same figure gives the same bytes"
 
 
-def test_commit_is_recorded(home):
+@pytest.fixture
+def plain_git(tmp_path_factory, monkeypatch):
+    "git as if nobody had set it up, whatever the user has: here signatures that fail, and hooks that refuse."
+    user = tmp_path_factory.mktemp("user")
+    for hook in ("pre-commit", "commit-msg"): atomic_write(user/"hooks"/hook, "#!/bin/sh\nexit 1\n").chmod(0o755)
+    (user/".gitconfig").write_text(f"[commit]\n\tgpgsign = true\n[gpg]\n\tprogram = false\n[core]\n\thooksPath = {user/'hooks'}\n", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(user))
+    for name in [name for name in os.environ if name.startswith("GIT_")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+
+def test_commit_is_recorded(home, plain_git):
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "--allow-empty", "-m", "a"]):
         subprocess.run(["git", "-C", home, *command], check=True)
     save({"a": 1}, Preset("demo"))
