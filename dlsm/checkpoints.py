@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .runs import sha256
+from .runs import alive, part_name, sha256
 
 # %% ../nbs/13a_checkpoints.ipynb #8b7e11fb
 def _write(
@@ -50,8 +50,9 @@ def save_checkpoint(
 )->Path: # the checkpoint's folder
     "Write a checkpoint whole or not at all, and remove all but the last `keep`. Raises `OSError` if the disk is full; older ones stay."
     folder = Path(folder)
-    final, part = folder / f"step-{step:08d}", folder / f".part-{os.getpid()}"
-    for left in folder.glob(".part-*"): shutil.rmtree(left, ignore_errors=True)
+    final, part = folder / f"step-{step:08d}", folder / part_name("checkpoint")
+    for left in folder.glob(part_name("checkpoint", any_of_this_machine=True)):
+        if not alive(left): shutil.rmtree(left, ignore_errors=True)  # of a process that was killed; another may be writing now
     try:
         _write(part, weights, state, {"step": step, "config": config, "record": record})
         if final.exists(): shutil.rmtree(final)

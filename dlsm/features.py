@@ -73,7 +73,7 @@ def paired(
     real:Tensor|Features, # [N, D]
     fake:Tensor|Features, # [M, D]
 )->tuple[Tensor, Tensor]: # [N, D], [M, D]
-    "Give two sets of features that can be compared. Raises `ValueError`, one line, if they cannot."
+    "Give two sets of features that can be compared, in one dtype, at least float32. Raises `ValueError`, one line, if they cannot be."
     if isinstance(real, Features) and isinstance(fake, Features) and (real.network, real.digest) != (fake.network, fake.digest):
         told = [f"{f.network} (weights {f.digest or 'none'})" for f in (real, fake)]
         raise ValueError(f"real features are from {told[0]} and fake ones from {told[1]}: only features of one network can be compared")
@@ -83,7 +83,8 @@ def paired(
     for name, points in (("real", real), ("fake", fake)):
         if not points.is_floating_point(): raise ValueError(f"{name} {tuple(points.shape)} has dtype {points.dtype}; expected features, floating-point numbers")
         if not points.isfinite().all(): raise ValueError(f"{name} {tuple(points.shape)} has values that are NaN or infinite")
-    return real, fake
+    common = torch.promote_types(torch.promote_types(real.dtype, fake.dtype), torch.float32)
+    return real.detach().to(common), fake.detach().to(common)
 
 # %% ../nbs/15a_features.ipynb #b9c90009
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

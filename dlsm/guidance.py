@@ -47,7 +47,7 @@ def likelihood_score_and_logits(
         logits = classifier(x, sigma)
         check_logits(logits, x_noisy, sigma, y)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return log_p.gather(-1, y[:, None]).sum(), logits
+        return log_p.gather(-1, y.long()[:, None]).sum(), logits
     return torch.func.grad(log_likelihood, has_aux=True)(x_noisy)
 
 # %% ../nbs/02_decomposition.ipynb #fe825413

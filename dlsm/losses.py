@@ -29,7 +29,7 @@ def ce_loss(
     check_batch(x_noisy, sigma, y)
     logits = classifier(x_noisy, sigma)
     check_logits(logits, x_noisy, sigma, y)
-    return F.cross_entropy(logits, y, reduction="none")
+    return F.cross_entropy(logits, y.long(), reduction="none")
 
 # %% ../nbs/03_dlsm.ipynb #6f3b68e1
 def elsm_loss(
@@ -83,4 +83,4 @@ def total_loss(
     prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)
     dlsm = weighted_error(likelihood + prior + noise / expand(sigma, x), sigma, power, reduce)
-    return dlsm + lam * F.cross_entropy(logits, y, reduction="none")
+    return dlsm + lam * F.cross_entropy(logits, y.long(), reduction="none")

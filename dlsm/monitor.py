@@ -130,13 +130,14 @@ def estimate(
     weight, model = next(model.parameters()), copy.deepcopy(model)
     share = math.ceil(batch / processes)
     at_once, n = min(micro or share, share), sum(p.numel() for p in model.parameters())
-    outputs = _output_bytes(model, work)
+    with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []): outputs = _output_bytes(model, work)
     need = 5 * n * weight.element_size() + at_once * outputs * (4 if gradient_in_loss else 2)
     available = free_memory(weight.device) if available is None else available
     if need > available:
         raise MemoryError(f"too little memory for {title} on {weight.device}: about {need / 1e6:,.0f} MB are needed and {available / 1e6:,.0f} MB are free; "
                           f"use micro-batches of fewer than {at_once} images (micro=…), another device or a smaller preset")
-    seconds = _seconds(model, work, at_once, weight.device) * math.ceil(share / at_once) if steps else 0.
+    with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):  # how often it measures depends on the machine
+        seconds = _seconds(model, work, at_once, weight.device) * math.ceil(share / at_once) if steps else 0.
     found = {"parameters": n, "seconds": steps * seconds, "images_per_s": batch / seconds if seconds else None, "bytes": need}
     print(f"{title}: {n:,} parameters, {n_images:,} images, {steps:,} steps of {batch}" + (f" on {processes} processes" if processes > 1 else ""))
     if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s),"

@@ -26,8 +26,10 @@ class FourierFeatures(nn.Module):
         self.W = nn.Parameter(scale*torch.randn(n), requires_grad=False)
 
     def forward(self, sigma:Tensor) -> Tensor:
-        angle = 2*math.pi*sigma.log()[:, None]*self.W
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
+        exact = torch.promote_types(torch.promote_types(sigma.dtype, self.W.dtype), torch.float32)  # half precision has no digits left after 2π·16·log σ
+        angle = 2*math.pi*sigma.to(exact).log()[:, None]*self.W.to(exact)
+        features = torch.cat([angle.sin(), angle.cos()], dim=1)
+        return features.to(self.W.dtype) if self.W.dtype in (torch.float16, torch.bfloat16) else features
 
 # %% ../nbs/12a_ncsnpp.ipynb #18def098
 def _fir(gain:float=1.) -> Tensor:

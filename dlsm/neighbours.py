@@ -54,10 +54,16 @@ def _slack(cloud:Cloud)->float: return (2 * cloud.x.shape[1] + 64) * 2**-24
 @contextmanager
 def _full_float32():
     "Keep TF32 and bfloat16 out of float32 products: their error is not covered by the bound."
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    try: before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer interface, backend by backend
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        def use(values): [setattr(backend, "fp32_precision", value) for backend, value in zip(backends, values)]
+        highest = ["ieee"] * len(backends)
+    else: use, highest = torch.set_float32_matmul_precision, "highest"
+    use(highest)
     try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    finally: use(before)
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60005
 def _tiles(

@@ -127,5 +127,5 @@ def seeded(
 )->nn.Module: # the network
     "Build a network whose initial weights depend on `seed` alone, leaving the global random state as it was."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU only: `torch.manual_seed` would change every GPU's too
         return make()

@@ -65,7 +65,10 @@ def gradients(
     try:
         for piece in zip(*(t.split(micro or n) for t in part.values())):
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext():
-                value = loss(model, **dict(zip(part, piece))).sum() / size
+                value = loss(model, **dict(zip(part, piece)))
+            if value.shape != piece[0].shape[:1]:
+                raise ValueError(f"loss gave shape {tuple(value.shape)}; expected one value for each image, ({len(piece[0])},): the mean is taken over the global batch")
+            value = value.sum() / size
             value.backward()
             total = total + value.detach()
     except torch.OutOfMemoryError:
@@ -82,5 +85,6 @@ def dropout_seed(
 ):
     "Seed the global source of randomness for one step, and restore it."
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seed + 1 + rank) % 2**63)
+        own = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+        own.manual_seed((seed + 1 + rank) % 2**63)
         yield

@@ -148,11 +148,12 @@ def check_parameters(
 
 # %% ../nbs/17a_presets.ipynb #b9749e3a
 def pick_device(
-    device:str|None=None, # cpu, cuda, cuda:1, mps; None: CUDA if there is one, else the CPU
+    device:str|None=None, # cpu, cuda, cuda:1; None: CUDA if there is one, else the CPU
 ) -> torch.device: # a device that exists
-    "Return the device to compute on. Raises `ParameterError` for one that this machine does not have."
+    "Return the device to compute on. Raises `ParameterError` for one that this machine does not have, and for mps, which has no float64."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
-             *(["mps"] if torch.backends.mps.is_available() else [])]
+]
+    if device == "mps": raise ParameterError("device = 'mps' cannot be used: exact scores and metrics need float64, which it does not have; use cpu")
     if device not in there: raise ParameterError(f"device = {device!r} is not on this machine (there is: {', '.join(there)})")
     return torch.device(device)

@@ -37,12 +37,13 @@ def langevin(
     step:float, # step size ε as a fraction of σ², at most 1
     noise:Noise, # source of noise
 )->Tensor: # [B, …]
-    "Run Langevin dynamics at one noise level: x ← x + ε·score + √(2ε)·noise with ε = `step`·σ²."
+    "Run Langevin dynamics at one noise level, without a graph: x ← x + ε·score + √(2ε)·noise with ε = `step`·σ²."
     levels = x.new_full(x.shape[:1], sigma)
     check_batch(x, levels, name="x")
     if not 0 < step <= 1: raise ValueError(f"step={step}; expected a fraction of σ² in (0, 1]")
     eps = step * sigma**2
-    for _ in range(steps): x = x + eps * score(x, levels) + (2 * eps) ** 0.5 * noise(x)
+    with torch.no_grad():
+        for _ in range(steps): x = x + eps * score(x, levels) + (2 * eps) ** 0.5 * noise(x)
     return x
 
 # %% ../nbs/14_samplers.ipynb #baa71e06
@@ -83,7 +84,7 @@ def pc_sample(
     x:Tensor, # start at the first level [B, …]
     sigmas:Tensor, # decreasing levels [n], all > 0
     snr:float=0.16, # r of the corrector
-    noise:Noise|None=None, # source of noise: the corrector's and the predictor's, in turn; None: `image_noise(0, …)`, images numbered from 0
+    noise:Noise|None=None, # source of noise: the corrector's and the predictor's, in turn; None: `image_noise(0, …)`, numbered from 0: the same in every batch
     final:float=0., # the level at which to end; 0 denoises completely
     per_image:bool=False, # norms of the corrector: each image's own, or as published averages over the batch
     denoise:bool=True, # add no noise in a last step to 0

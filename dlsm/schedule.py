@@ -38,6 +38,8 @@ def check_batch(
     name:str="x_noisy", # what the caller calls `x`
 ):
     "Raise `ValueError` unless `x`, `sigma` and `y` make a batch: one positive level and one label in range per item."
+    for what, value in ((name, x), ("sigma", sigma), *([("y", y)] if y is not None else [])):
+        if not isinstance(value, Tensor): raise ValueError(f"{what} is a {type(value).__name__}; expected a tensor, one value per item")
     if x.ndim < 2: raise ValueError(f"{name} has shape {tuple(x.shape)}; expected a batch [B, …] of points or images")
     if sigma.shape != x.shape[:1]:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected one level per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")

@@ -121,6 +121,7 @@ def fit(
         if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
+        if kept: _check_weights(state, folder)
         if measured and evaluate: state.record.append({"step": state.step} | evaluate(state))
         if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
                                      images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
@@ -157,6 +158,17 @@ def _average(ema:tuple[list[Tensor], list[Tensor]], model:tuple[list[Tensor], li
     for mine, theirs in zip(ema[1], model[1]): mine.copy_(theirs)
 
 
+def _last_good(folder:Path|None)->str:
+    last = max(Path(folder).glob("step-*"), default=None) if folder else None
+    return f"last good checkpoint: {last.name if last else 'none'}; try a lower learning rate"
+
+
+def _check_weights(state:State, folder:Path|None):
+    "Stop before weights are kept that are not finite: without clipping nobody has looked at the gradient."
+    if not torch.stack([p.isfinite().all() for p in state.model.parameters()]).all():
+        raise FloatingPointError(f"the weights are not finite at step {state.step}: a gradient was not; {_last_good(folder)}")
+
+
 def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Callable|None, seed:int)->dict: # means of loss and grad_norm
     "Stop on a loss or gradient that is not finite. Called now and then: looking at the loss waits for the device."
     values = torch.stack(recent)
@@ -167,9 +179,7 @@ def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Calla
     batch = draw(step, step_generator(seed, step, values.device)) if draw else {}
     levels = f" (σ from {batch['sigma'].min():.3g} to {batch['sigma'].max():.3g})" if "sigma" in batch else ""
     what, value = next((w, v) for w, v in zip(("loss", "norm of the gradient"), values[first].tolist()) if not math.isfinite(v))
-    last = max(Path(folder).glob("step-*"), default=None) if folder else None
-    raise FloatingPointError(f"the {what} is {value} at step {step + 1}{levels}; last good checkpoint:"
-                             f" {last.name if last else 'none'}; try a lower learning rate")
+    raise FloatingPointError(f"the {what} is {value} at step {step + 1}{levels}; {_last_good(folder)}")
 
 # %% ../nbs/13_training.ipynb #cdde2238
 def main(

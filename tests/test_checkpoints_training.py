@@ -12,6 +12,7 @@ from torch import nn
 
 from dlsm import checkpoints
 from dlsm.checkpoints import load_checkpoint, save_checkpoint
+from dlsm.runs import part_name
 from dlsm.training import fit, lr_factor, step_generator
 
 KILLED = """
@@ -238,3 +239,31 @@ def test_learning_rate_warms_up_and_decays():
     cosine = [lr_factor(s, 100, decay="cosine") for s in range(100)]
     assert cosine[0] == 1 and all(a > b for a, b in zip(cosine, cosine[1:])) and cosine[-1] < 1e-3
     with pytest.raises(ValueError, match="decay='linear'"): lr_factor(0, 10, decay="linear")
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    "Without clipping only the loss is looked at, and it may be finite when its gradient is not."
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        return model, torch.optim.Adam(model.parameters())
+    step = [0]
+    def bad(model, generator):
+        step[0] += 1
+        value = model.weight.square().sum()
+        return value + (model.weight - model.weight).abs().sqrt().sum() if step[0] == 10 else value  # 0, with the gradient 0/0
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(FloatingPointError, match="the weights are not finite at step 10.*last good checkpoint: step-00000005"):
+        for _ in fit(model, bad, 20, optimizer, 0, folder=tmp_path, checkpoint_every=5): pass
+    model, optimizer = model_and_optimizer()
+    assert [s.step for s in fit(model, lambda m, generator: m.weight.square().sum(), 7, optimizer, 0, folder=tmp_path, checkpoint_every=5)] == [6, 7]
+
+
+def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
+    "Two processes in one folder; and what a killed one left goes."
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    mine, dead = part_name("checkpoint"), part_name("checkpoint").replace(f"-{os.getpid()}-", f"-{gone.pid}-")
+    for name in (mine, dead): (tmp_path/name).mkdir()
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, {}, {}, [])
+    assert (tmp_path/mine).exists() and not (tmp_path/dead).exists() and (tmp_path/"step-00000001").exists()

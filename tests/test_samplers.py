@@ -9,7 +9,7 @@ from scipy import stats
 from dlsm.guidance import posterior_score
 from dlsm.networks import MLPClassifier, MLPScore, seeded
 from dlsm.noise import image_noise
-from dlsm.samplers import guide_between, heun_sample, in_bf16, karras_levels, multistep_sample, pc_sample
+from dlsm.samplers import gaussian_noise, guide_between, heun_sample, in_bf16, karras_levels, langevin, multistep_sample, pc_sample
 from dlsm.schedule import VESchedule, expand
 
 SAMPLERS = {"pc": lambda score, x, sigmas: pc_sample(score, x, sigmas, per_image=True), "heun": heun_sample, "2m": multistep_sample}
@@ -205,3 +205,10 @@ def test_pc_draws_each_images_noise_by_default():
 def test_bad_input_is_one_line(sample, message):
     with pytest.raises(ValueError) as e: sample(gaussian(0., 1.), torch.zeros(3, 2), karras_levels(0.1, 1., 5))
     assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_langevin_keeps_no_graph():
+    "A network that is trained further on, or was never frozen: 200 steps would keep every activation."
+    net = torch.nn.Linear(2, 2)
+    x = langevin(lambda x, sigma: net(x), torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), 1., 5, 0.1, gaussian_noise(torch.Generator().manual_seed(1)))
+    assert not x.requires_grad and all(p.requires_grad for p in net.parameters())

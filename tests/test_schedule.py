@@ -4,6 +4,9 @@ import math
 import pytest
 import torch
 
+from dlsm.guidance import likelihood_score
+from dlsm.losses import ce_loss
+from dlsm.networks import MLPClassifier, seeded
 from dlsm.schedule import VESchedule, check_batch, expand
 
 SCHEDULE = VESchedule(1e-3, 10.)
@@ -95,3 +98,16 @@ def test_values_are_left_alone_inside_vmap_and_shapes_are_not():
         return x
     assert torch.vmap(checked)(X[None], -ONES[None]).shape == (1, 4, 2)
     with pytest.raises(ValueError, match="sigma"): torch.vmap(checked)(X[None], ONES[None, :3])
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(ValueError, match="^sigma is a float; expected a tensor"): check_batch(X, 1.0)
+    with pytest.raises(ValueError, match="^y is a list; expected a tensor"): check_batch(X, ONES, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    "As data sets give them."
+    net = seeded(lambda: MLPClassifier(n_classes=3), 0)
+    same = [ce_loss(net, X, ONES, y) for y in (Y, Y.to(dtype))] + [likelihood_score(net, X, ONES, y)[:, 0] for y in (Y, Y.to(dtype))]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[2], same[3])
