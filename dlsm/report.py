@@ -137,8 +137,9 @@ def check_table2(result, beside):
 
     The comparison of both classifiers at their own best α is not the paper's: it is shown, and changes no verdict."""
     values = result["values"]
-    claims = [{"claim": claim_text(c), "measure": f"{c['row']}, difference to {METHOD_NAMES[c['other']].lower()}", "paper": c["paper"], "ours": c["difference"],
-               "rule": "the 95% interval has the sign", "judged": c["of_paper"], "ok": c["holds"]} for c in values.get("claims", ())]
+    def measure_of(c): return f"{c['row']}, difference to {METHOD_NAMES[c.get('other', 'base')].lower()}"
+    claims = [{"claim": claim_text(c), "measure": measure_of(c), "paper": c["paper"], "ours": c["difference"], "rule": "the 95% interval has the sign",
+               "judged": c.get("of_paper", True), "ok": c["holds"]} for c in values.get("claims", ())]
     return [n for n in check_printed(result, beside)[0] if n["name"] in values.get("comparable", ())], claims
 
 
