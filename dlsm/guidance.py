@@ -7,9 +7,11 @@ __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelih
 
 # %% ../nbs/02_decomposition.ipynb #906db570
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dsm import Score
 from .schedule import check_batch, expand
@@ -31,6 +33,29 @@ def check_logits(
     check_batch(x_noisy, sigma, y, logits.shape[1])
 
 # %% ../nbs/02_decomposition.ipynb #8f36d84b
+_INSTEAD = {  # what PyTorch says of a layer -> what to do
+    "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: put it in eval mode, use `dlsm.resnet.BatchNorm` "
+                                "(the same otherwise), or a norm of each item by itself, such as GroupNorm",
+    "saved tensor hooks": "it recomputes its activations: switch activation checkpointing off; `micro` of `fit` saves memory too",
+    "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off"}
+
+
+def _gradient_of(
+    classifier:Classifier, # named in errors
+    log_likelihood:Callable[[Tensor], tuple[Tensor, Tensor]], # x -> sum of log p, logits
+    x_noisy:Tensor, # where [B, …]
+)->tuple[Tensor, Tensor]: # gradient [B, …], logits
+    "Differentiate, with attention in its plain form if a graph is kept, and say of layers that do not allow it what to use instead."
+    gradient = torch.func.grad(log_likelihood, has_aux=True)
+    with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
+        if torch.compiler.is_compiling(): return gradient(x_noisy)
+        try: return gradient(x_noisy)
+        except RuntimeError as e:
+            instead = next((instead for said, instead in _INSTEAD.items() if said in str(e)), None)
+            if instead is None: raise
+            raise RuntimeError(f"{type(classifier).__name__} cannot be differentiated with respect to its input: {instead}") from e
+
+
 def likelihood_score_and_logits(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -39,7 +64,8 @@ def likelihood_score_and_logits(
 )->tuple[Tensor, Tensor]: # ∇ log p(y|x̃) [B, …], logits [B, K]
     """Compute ∇ log p(y|x̃) with respect to x̃ and the logits on the way, with the graph of both (for training).
 
-    Through log-softmax in at least float32: the gradient does not vanish where p(y|x̃) underflows.
+    Through log-softmax in at least float32: the gradient does not vanish where p(y|x̃) underflows. Raises `RuntimeError` for a classifier
+    with layers that do not allow it (BatchNorm in train mode, activation checkpointing), naming what does.
     """
     check_batch(x_noisy, sigma, y)
 
@@ -48,7 +74,7 @@ def likelihood_score_and_logits(
         check_logits(logits, x_noisy, sigma, y)
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return log_p.gather(-1, y.long()[:, None]).sum(), logits
-    return torch.func.grad(log_likelihood, has_aux=True)(x_noisy)
+    return _gradient_of(classifier, log_likelihood, x_noisy)
 
 # %% ../nbs/02_decomposition.ipynb #fe825413
 def likelihood_score(

@@ -8,6 +8,7 @@ __all__ = ['step_generator', 'lr_factor', 'State', 'fit', 'main']
 # %% ../nbs/13_training.ipynb #e3e83b64
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import differences, load_checkpoint, save_checkpoint
 from .monitor import RunLog, peak_memory
 from .parallel import add_up, any_process, dropout_seed, gradients, team
 
@@ -63,10 +64,21 @@ def _load(state:State, optimizer:torch.optim.Optimizer, saved:dict):
     state.step, state.record = saved["step"], saved["record"]
 
 
-def _save(folder:Path, state:State, optimizer:torch.optim.Optimizer, config:dict):
+def _settings(
+    optimizer:torch.optim.Optimizer, # as given
+    **more, # plain values
+)->dict: # plain values
+    "Keep what a training depends on, and not what only makes it faster; for the optimiser a list, one value for each group."
+    faster = {"params", "peak_lr", "fused", "foreach", "capturable", "differentiable"}
+    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in (group | {"lr": group.get("peak_lr", group["lr"])}).items() if k not in faster}
+              for group in optimizer.param_groups]
+    return json.loads(json.dumps({"optimizer": type(optimizer).__name__} | {k: [group[k] for group in groups] for k in groups[0]} | more))
+
+
+def _save(folder:Path, state:State, optimizer:torch.optim.Optimizer, config:dict, settings:dict):
     "Write a checkpoint of the model, its average and the optimiser."
     weights = {"model": state.model.state_dict()} | ({"ema": state.ema.state_dict()} if state.ema is not state.model else {})
-    save_checkpoint(folder, state.step, weights, {"optimizer": optimizer.state_dict()}, config, state.record)
+    save_checkpoint(folder, state.step, weights, {"optimizer": optimizer.state_dict(), "settings": settings}, config, state.record)
 
 # %% ../nbs/13_training.ipynb #5ca6f5db
 def fit(
@@ -94,13 +106,16 @@ def fit(
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
 
     Stops with `FloatingPointError` when the loss is not finite, naming the step, its noise levels and the last good checkpoint; `ValueError` for a
-    checkpoint of another configuration; `MemoryError` if the device is too small. micro, bf16, `compiled`, and several processes (with `draw`)
+    checkpoint of another configuration, seed, schedule or optimiser; `MemoryError` if the device is too small. micro, bf16, `compiled`, and several processes (with `draw`)
     change the speed, not what is trained.
     """
     device, began = next(model.parameters()).device, time.monotonic()
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
+    settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
     saved = load_checkpoint(folder, config or {}, device) if folder else None
+    if saved and (differs := differences(saved["state"].get("settings", settings), settings)):
+        raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     if saved: _load(state, optimizer, saved)
     elif evaluate: state.record.append({"step": 0} | evaluate(state))
     peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
@@ -126,8 +141,9 @@ def fit(
         if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
                                      images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
         stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
-        yield state
-        if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {})
+        try: yield state
+        finally:  # also if the loop is left here
+            if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {}, settings)
         if stop: return
         if logged or not log_every and (measured or kept): recent, since = [], time.monotonic()
 

@@ -124,6 +124,7 @@ DAMAGE = {
     "no optimiser": lambda p: (p/"state.pt").unlink(),
     "no meta": lambda p: (p/"meta.json").unlink(),
     "truncated meta": lambda p: (p/"meta.json").write_text((p/"meta.json").read_text()[:40]),
+    "another curve": lambda p: (p/"meta.json").write_text((p/"meta.json").read_text().replace('"record": []', '"record": [1]')),
     "meta without checksums": lambda p: (p/"meta.json").write_text("{}"),
 }
 
@@ -267,3 +268,50 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
     for name in (mine, dead): (tmp_path/name).mkdir()
     save_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(1)}}, {}, {}, [])
     assert (tmp_path/mine).exists() and not (tmp_path/dead).exists() and (tmp_path/"step-00000001").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"lr": 2e-2}, r"lr=\[0.01\] there and \[0.02\] here"), ({"betas": (0.5, 0.9)}, r"betas=\[\[0.9, 0.999\]\] there and \[\[0.5, 0.9\]\] here"),
+    ({"seed": 1}, "seed=0 there and 1 here"), ({"decay": "cosine"}, "decay='constant' there and 'cosine' here"), ({"ema": 0.9}, "ema=None there and 0.9 here"),
+    ({"clip": 1.}, "clip=None there and 1.0 here"), ({"warmup": 3}, "warmup=0 there and 3 here"), ({"foreach": False}, None), ({"steps": 9}, None),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_other_settings_are_refused_by_name(tmp_path, change, says):
+    "An optimiser would take its own from the checkpoint in silence. What only changes the speed is free, and a longer training with a constant rate too."
+    def go(steps=6, lr=1e-2, seed=0, betas=(0.9, 0.999), foreach=None, **more):
+        net = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.Adam(net.parameters(), lr, betas, foreach=foreach)
+        return [s.step for s in fit(net, lambda m, generator: m.weight.square().sum(), steps, optimizer, seed, folder=tmp_path, checkpoint_every=3, **more)]
+    assert go() == [1, 2, 3, 4, 5, 6]
+    if says is None: assert go(**change) == list(range(6, change.get("steps", 6) + 1))[change.get("steps", 6) > 6:]
+    else:
+        with pytest.raises(ValueError, match=says): go(**change)
+
+
+def test_the_same_optimiser_goes_on(tmp_path):
+    "Its rate has been lowered by the schedule; the peak is what counts."
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    def go(): return fit(net, lambda m, generator: m.weight.square().sum(), 8, optimizer, 0, folder=tmp_path, decay="cosine", checkpoint_every=4)
+    for state in go():
+        if state.step == 5: break
+    assert [s.step for s in go()] == [5, 6, 7, 8]
+
+
+def test_a_loop_that_is_left_at_a_checkpoint_has_written_it(tmp_path):
+    train(tmp_path, stop=20)
+    assert steps_in(tmp_path)[-1] == "step-00000020"
+
+
+def test_tied_weights_are_kept(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+    def go(steps):
+        torch.manual_seed(0)
+        net = Tied()
+        *_, state = fit(net, lambda m, generator: m.b(m.a(torch.ones(3))).sum(), steps, torch.optim.SGD(net.parameters(), 1e-2), 0, folder=tmp_path, checkpoint_every=4)
+        return state.model
+    trained, again = go(4), go(4)
+    assert torch.equal(trained.a.weight, again.b.weight) and again.a.weight is again.b.weight

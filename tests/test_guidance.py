@@ -1,11 +1,14 @@
 """Likelihood and posterior scores: exact on the oracle, per item, in any shape, with a graph only if asked for; and what is refused."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dlsm.guidance import likelihood_score, posterior_score, prior_score
 from dlsm.networks import Ensemble, MLPClassifier, seeded
 from dlsm.parzen import parzen_classifier, parzen_score
+from dlsm.resnet import BatchNorm
 
 B = 6
 
@@ -137,3 +140,48 @@ def test_bad_input(args, says):
 ])
 def test_bad_guidance(score, y, scale, says):
     with pytest.raises(ValueError, match=says): posterior_score(score, two, y, scale)(X, S)
+
+
+class Images(nn.Module):
+    "A small classifier of images [B, 3, 4, 4] with one layer of the kind that is asked for."
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.head = kind, nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 2)
+        self.norm = BatchNorm(8) if kind == "our batch norm" else nn.BatchNorm2d(8)
+
+    def forward(self, x, sigma):
+        if self.kind == "fused attention":
+            tokens = self.conv(x).flatten(2).mT[:, None]
+            return self.head(F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].mean(1))
+        if "checkpoint" in self.kind: h = checkpoint(self.conv, x, use_reentrant=self.kind.startswith("reentrant"))
+        else: h = self.norm(self.conv(x))
+        return self.head(F.silu(h).mean((2, 3)))
+
+
+def training_gradient(net):
+    g = torch.Generator().manual_seed(0)
+    x, sigma, y = torch.rand(6, 3, 4, 4, generator=g), torch.full((6,), 0.5), torch.arange(6) % 2
+    likelihood_score(net, x, sigma, y, create_graph=True).square().sum().backward()
+    return net.conv.weight.grad
+
+
+@pytest.mark.parametrize("kind", ["fused attention", "our batch norm"])
+def test_layers_that_can_be_helped(kind):
+    "Fused attention has no second derivative; a plain one is taken in its place."
+    torch.manual_seed(0)
+    found = training_gradient(Images(kind))
+    assert found.isfinite().all() and found.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("batch norm", "Images cannot be differentiated.*BatchNorm in train mode does: put it in eval mode, use `dlsm.resnet.BatchNorm`"),
+    ("checkpoint", "switch activation checkpointing off"), ("reentrant checkpoint", "autograd.Function without `setup_context`"),
+])
+def test_layers_that_cannot_be_helped_are_explained(kind, says):
+    with pytest.raises(RuntimeError, match=says): training_gradient(Images(kind))
+    if kind == "batch norm": assert training_gradient(Images(kind).eval()).isfinite().all()
+
+
+def test_other_errors_of_a_classifier_are_its_own():
+    def broken(x, sigma): raise RuntimeError("out of tea")
+    with pytest.raises(RuntimeError, match="^out of tea$"): likelihood_score(broken, X, S, Y)
