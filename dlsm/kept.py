@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoints import _differences
+from .checkpoints import differences
 from .runs import atomic_path, atomic_write, find_root, sha256
 
 # %% ../nbs/13e_kept.ipynb #5bece300
@@ -79,5 +79,5 @@ def load_kept(
         with safe_open(path, "pt") as file: about = json.loads(file.metadata()["about"])
     except (SafetensorError, TypeError, KeyError) as e: raise ValueError(f"{shown} holds no kept weights ({e}); get it back with `git checkout -- weights`") from None
     if "score" in config: config = config | {"score": original(config["score"])}
-    if differs := _differences(about["config"], json.loads(json.dumps(config))): return None, f"{shown} is of another configuration: {differs}"
+    if differs := differences(about["config"], json.loads(json.dumps(config))): return None, f"{shown} is of another configuration: {differs}"
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(path).items()}, f"{shown} (SHA-256 {entry['sha256'][:16]}…, rounded to half precision)"
