@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'LOSSES', 'SPREAD', 'ALPHA', 'score_net', 'fit_scores', 'oracle_scores', 'likelihood_scores', 'distance',
-           'curves', 'fit_classifiers', 'fit_sweep', 'sample_moons', 'methods', 'oracle_method', 'errors']
+           'curves', 'fit_classifiers', 'fit_sweep', 'timed', 'sample_moons', 'methods', 'oracle_method', 'errors']
 
 # %% ../nbs/19_moons.ipynb #252f8e5b
 import dataclasses
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -22,7 +24,7 @@ from .parzen import parzen_score
 from .plots import evaluate_on, plane_grid
 from .precond import EDMPrecond
 from .presets import MoonsPreset
-from .runs import run_dir
+from .runs import atomic_write, progress, run_dir
 from .samplers import gaussian_noise, langevin, pc_sample
 from .schedule import VESchedule
 from .training import State, fit
@@ -236,6 +238,20 @@ def fit_sweep(
     yield from fit(model, loss, preset.steps_sweep, optimizer, seed + 2_000_003, run_dir("moons", preset.name, f"sweep-{form}-{seed}"),
                    _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep), decay=preset.lr_decay, ema=preset.ema,
                    evaluate=lambda state: measure([state.ema]), every=preset.steps_sweep, checkpoint_every=preset.checkpoint_every)
+
+# %% ../nbs/19_moons.ipynb #d93b1f02
+def timed(
+    states:Iterator[State], # of a training above
+    preset:MoonsPreset, # its settings
+    folder:str, # name of its folder in runs/
+    title:str, # what progress says
+    steps:int|None=None, # in all; None: progress does not say how far
+)->tuple[State, float|None]: # the last state, and the seconds; None if the training was not done at one go
+    "Run a training to its end."
+    kept, began, first = run_dir("moons", preset.name, folder)/"seconds.json", time.monotonic(), None
+    for state in progress(states, title, total=steps): first = first or state.step
+    if state.loss is not None: atomic_write(kept, json.dumps(round(time.monotonic() - began, 1) if first == 1 else None))
+    return state, json.loads(kept.read_text()) if kept.exists() else None
 
 # %% ../nbs/19_moons.ipynb #feae41b6
 def sample_moons(
