@@ -34,7 +34,7 @@ def check_logits(
 
 # %% ../nbs/02_decomposition.ipynb #8f36d84b
 _INSTEAD = {  # what PyTorch says of a layer -> what to do
-    "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: put it in eval mode, use `dlsm.resnet.BatchNorm` "
+    "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: call `eval()` on such layers (`fit` leaves them so), use `dlsm.resnet.BatchNorm` "
                                 "(the same otherwise), or a norm of each item by itself, such as GroupNorm",
     "saved tensor hooks": "it recomputes its activations: switch activation checkpointing off; `micro` of `fit` saves memory too",
     "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off"}

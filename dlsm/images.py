@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_checkpoint
+from .checkpoints import finished_steps, load_checkpoint
 from .data import Images, batch_indices, flip, image_data, to_unit
 from .dsm import Score, dsm_loss, perturb
 from .guidance import Classifier
@@ -207,7 +207,7 @@ def _finished(
     "Load the network of a finished training, or the kept weights (`dlsm.kept`) where none was begun, and say so."
     folder = run_dir(preset.dataset, preset.name, name)
     saved, (kept, where) = load_checkpoint(folder, config), (None, "")
-    if not any(folder.glob("step-*")): kept, where = load_kept(f"{preset.dataset}/{preset.name}/{name}", config)
+    if not finished_steps(folder): kept, where = load_kept(f"{preset.dataset}/{preset.name}/{name}", config)
     if kept: print(f"{name}: {where}", flush=True)
     elif not saved or saved["step"] < steps:
         there = f"stopped at step {saved['step']:,} of {steps:,}" if saved else "has not been trained" + (f" ({where})" if where else "")

@@ -58,7 +58,11 @@ def gradients(
     bf16:bool=False, # layers compute in bfloat16
 )->Tensor: # this process's part of the mean loss, detached
     "Add this process's part of the gradient of the mean loss to the parameters. Raises `MemoryError`, one line, if the device is too small."
-    size = len(next(iter(batch.values())))
+    if not isinstance(batch, dict) or not batch or not all(isinstance(t, Tensor) and t.ndim for t in batch.values()):
+        raise ValueError(f"draw gave a {type(batch).__name__}; expected a dictionary of tensors, each with the images of the batch along its first dimension")
+    sizes = {name: len(t) for name, t in batch.items()}
+    size = min(sizes.values())
+    if size == 0 or len({*sizes.values()}) > 1: raise ValueError(f"draw gave a batch of {sizes}; expected as many of each, and at least one")
     if size < processes: raise ValueError(f"a global batch of {size} cannot be shared by {processes} processes; use at most {size}")
     part = {name: t.tensor_split(processes)[rank] for name, t in batch.items()}
     n, device, total = len(next(iter(part.values()))), next(model.parameters()).device, 0.

@@ -10,7 +10,9 @@ import argparse
 import copy
 import json
 import math
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import differences, load_checkpoint, save_checkpoint
+from .checkpoints import differences, finished_steps, load_checkpoint, save_checkpoint
 from .monitor import RunLog, peak_memory
 from .parallel import add_up, any_process, dropout_seed, gradients, team
 
@@ -75,6 +77,16 @@ def _settings(
     return json.loads(json.dumps({"optimizer": type(optimizer).__name__} | {k: [group[k] for group in groups] for k in groups[0]} | more))
 
 
+def _measure(evaluate:Callable[[State], dict], state:State):
+    "Put what `evaluate` gives into the record, as plain values. A network without an average is measured in eval mode too."
+    state.ema.eval()
+    found = evaluate(state)
+    if not isinstance(found, dict): raise ValueError(f"evaluate gave a {type(found).__name__}; expected a dictionary of numbers or lists, for the record")
+    try: state.record.append({"step": state.step} | json.loads(json.dumps(found, default=lambda v: v.tolist())))
+    except (AttributeError, TypeError) as e:
+        raise ValueError(f"evaluate gave something that a record cannot hold ({e}); expected numbers, text, tensors and lists of them") from e
+
+
 def _save(folder:Path, state:State, optimizer:torch.optim.Optimizer, config:dict, settings:dict):
     "Write a checkpoint of the model, its average and the optimiser."
     weights = {"model": state.model.state_dict()} | ({"ema": state.ema.state_dict()} if state.ema is not state.model else {})
@@ -105,11 +117,15 @@ def fit(
 )->Iterator[State]: # the state after each finished step
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
 
+    Nothing is trained before it is iterated over: `for state in fit(…): pass`. Afterwards the network is in eval mode.
+
     Stops with `FloatingPointError` when the loss is not finite, naming the step, its noise levels and the last good checkpoint; `ValueError` for a
-    checkpoint of another configuration, seed, schedule or optimiser; `MemoryError` if the device is too small. micro, bf16, `compiled`, and several processes (with `draw`)
-    change the speed, not what is trained.
+    checkpoint of another configuration, seed, schedule or optimiser, and for arguments that do not fit; `OSError` if the folder cannot be written;
+    `MemoryError` if the device is too small. micro, `compiled` and several processes (with `draw`) change the speed, not what is trained, as long
+    as each item goes its own way: batch normalisation sees one piece at a time. bf16 rounds every layer to three digits.
     """
-    device, began = next(model.parameters()).device, time.monotonic()
+    held, began = _check_arguments(model, optimizer, config, draw, ema, clip, micro, bf16), time.monotonic()
+    device = held[0].device
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
     settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
@@ -117,19 +133,27 @@ def fit(
     if saved and (differs := differences(saved["state"].get("settings", settings), settings)):
         raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     if saved: _load(state, optimizer, saved)
-    elif evaluate: state.record.append({"step": 0} | evaluate(state))
+    if folder and state.step < steps and rank == 0: _check_folder(Path(folder))
+    if saved and state.step >= steps and not config:
+        warnings.warn(f"{folder} holds this training, finished at step {state.step}: nothing is trained. `config` tells trainings apart", stacklevel=2)
+    modes = [(module, module.training or not model.training) for module in model.modules()]  # layers in eval mode stay so
+    if evaluate and not saved: _measure(evaluate, state)
     peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
     log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
     tensors = [(list(net.parameters()), list(net.buffers())) for net in (state.ema, state.model)]  # looked up once: deep networks have hundreds
     recent, since = [], time.monotonic()
-    if state.step >= steps: yield state
+    if state.step >= steps:
+        model.eval()
+        yield state
     while state.step < steps:
-        if not model.training: model.train()
+        if not model.training:
+            for module, mode in modes: module.training = mode
         for group, peak in zip(optimizer.param_groups, peaks): group["lr"] = peak * lr_factor(state.step, steps, warmup, decay)
         optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # of what the optimiser does not hold
         images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
-        if clip: state.norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if clip: state.norm = nn.utils.clip_grad_norm_(held, clip)
         optimizer.step()
         state.step += 1
         recent.append(torch.stack([state.loss, state.norm]) if clip else state.loss[None])
@@ -137,7 +161,8 @@ def fit(
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
         if kept: _check_weights(state, folder)
-        if measured and evaluate: state.record.append({"step": state.step} | evaluate(state))
+        if measured and evaluate: _measure(evaluate, state)
+        if state.step == steps: model.eval()
         if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
                                      images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
         stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
@@ -148,6 +173,37 @@ def fit(
         if logged or not log_every and (measured or kept): recent, since = [], time.monotonic()
 
 # %% ../nbs/13_training.ipynb #ff151436
+def _check_arguments(
+    model:nn.Module, # these all as in `fit`
+    optimizer:torch.optim.Optimizer,
+    config:dict|None,
+    draw:Callable|None,
+    ema:float|None,
+    clip:float|None,
+    micro:int|None,
+    bf16:bool,
+)->list[Tensor]: # what the optimiser changes
+    "Refuse what would train nothing, or something else than what was asked for."
+    held, own = [p for group in optimizer.param_groups for p in group["params"]], {id(p) for p in model.parameters() if p.requires_grad}
+    if not own: raise ValueError(f"{type(model).__name__} has no parameters that are trained")
+    if not own & {id(p) for p in held}: raise ValueError(f"the optimiser holds no parameter of this {type(model).__name__}: make it of model.parameters()")
+    if not draw and (micro or bf16): raise ValueError("micro and bf16 need `draw`: only a batch that is drawn outside the loss can be cut into pieces")
+    if ema is not None and not 0 < ema < 1: raise ValueError(f"ema={ema}; expected a decay between 0 and 1, or None")
+    if clip is not None and not clip > 0: raise ValueError(f"clip={clip}; expected a norm above 0, or None")
+    if micro is not None and micro < 1: raise ValueError(f"micro={micro}; expected at least 1 image, or None")
+    try: json.dumps(config)
+    except TypeError as e: raise ValueError(f"config cannot be kept with a checkpoint ({e}); expected numbers, text, lists and dictionaries") from e
+    return held
+
+
+def _check_folder(folder:Path):
+    "Find out before the first step, and not at the first checkpoint, whether the folder can be written."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise OSError(e.errno, f"checkpoints cannot be written to {folder} ({e.strerror}); name a folder that can be made and written") from e
+
+
 def _backward(
     state:State, # gets the loss of the whole batch
     loss:Callable[..., Tensor], # as in `fit`
@@ -157,7 +213,8 @@ def _backward(
 )->int: # images of the whole batch, where it is drawn outside the loss
     "Compute the gradients of one step."
     if not draw:
-        state.loss = loss(state.model, generator)
+        with dropout_seed(generator.initial_seed(), 0, generator.device): state.loss = loss(state.model, generator)
+        if state.loss.ndim: raise ValueError(f"loss gave shape {tuple(state.loss.shape)}; expected one number (with `draw`, one for each image)")
         state.loss.backward()
         state.loss = state.loss.detach()
         return 0
@@ -175,8 +232,8 @@ def _average(ema:tuple[list[Tensor], list[Tensor]], model:tuple[list[Tensor], li
 
 
 def _last_good(folder:Path|None)->str:
-    last = max(Path(folder).glob("step-*"), default=None) if folder else None
-    return f"last good checkpoint: {last.name if last else 'none'}; try a lower learning rate"
+    last = max(finished_steps(folder), default=None) if folder else None
+    return f"last good checkpoint: {last.name if last else 'none'}; look at the data, or try a lower learning rate"
 
 
 def _check_weights(state:State, folder:Path|None):

@@ -2,10 +2,13 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -246,7 +249,7 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path):
     "Without clipping only the loss is looked at, and it may be finite when its gradient is not."
     def model_and_optimizer():
         torch.manual_seed(0)
-        model = torch.nn.Linear(2, 1)
+        model = nn.Linear(2, 1)
         return model, torch.optim.Adam(model.parameters())
     step = [0]
     def bad(model, generator):
@@ -278,7 +281,7 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
 def test_other_settings_are_refused_by_name(tmp_path, change, says):
     "An optimiser would take its own from the checkpoint in silence. What only changes the speed is free, and a longer training with a constant rate too."
     def go(steps=6, lr=1e-2, seed=0, betas=(0.9, 0.999), foreach=None, **more):
-        net = torch.nn.Linear(2, 1)
+        net = nn.Linear(2, 1)
         optimizer = torch.optim.Adam(net.parameters(), lr, betas, foreach=foreach)
         return [s.step for s in fit(net, lambda m, generator: m.weight.square().sum(), steps, optimizer, seed, folder=tmp_path, checkpoint_every=3, **more)]
     assert go() == [1, 2, 3, 4, 5, 6]
@@ -289,7 +292,7 @@ def test_other_settings_are_refused_by_name(tmp_path, change, says):
 
 def test_the_same_optimiser_goes_on(tmp_path):
     "Its rate has been lowered by the schedule; the peak is what counts."
-    net = torch.nn.Linear(2, 1)
+    net = nn.Linear(2, 1)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     def go(): return fit(net, lambda m, generator: m.weight.square().sum(), 8, optimizer, 0, folder=tmp_path, decay="cosine", checkpoint_every=4)
     for state in go():
@@ -303,10 +306,10 @@ def test_a_loop_that_is_left_at_a_checkpoint_has_written_it(tmp_path):
 
 
 def test_tied_weights_are_kept(tmp_path):
-    class Tied(torch.nn.Module):
+    class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
             self.b.weight = self.a.weight
     def go(steps):
         torch.manual_seed(0)
@@ -315,3 +318,98 @@ def test_tied_weights_are_kept(tmp_path):
         return state.model
     trained, again = go(4), go(4)
     assert torch.equal(trained.a.weight, again.b.weight) and again.a.weight is again.b.weight
+
+
+def test_what_somebody_keeps_beside_the_checkpoints_stays(tmp_path):
+    "Only folders named by a step are checkpoints; and they alone are counted, removed and resumed from."
+    train(tmp_path, stop=20)
+    for name in ("step-00000020-best", "step-best"): shutil.copytree(tmp_path/"step-00000020", tmp_path/name)
+    (tmp_path/"step-notes.txt").write_text("mine")
+    state, calls = train(tmp_path)
+    assert len(calls) == 20 and state.step == 40
+    assert {"step-00000020-best", "step-best", "step-notes.txt"} <= set(steps_in(tmp_path)) and len(steps_in(tmp_path)) == 5
+    assert load_checkpoint(tmp_path, {"rate": 1e-2})["step"] == 40
+
+
+def small(**more):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    return net, lambda **args: list(fit(net, lambda m, generator: m(torch.ones(8, 2)).square().mean(), 4, torch.optim.Adam(net.parameters(), 1e-2), 0, **more | args))
+
+
+def drawn(step, generator): return {"x": torch.ones(8, 2)}
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"ema": 1.5}, "ema=1.5; expected a decay"), ({"clip": -1.}, "clip=-1.0; expected a norm"), ({"micro": 4}, "micro and bf16 need `draw`"),
+    ({"draw": drawn, "micro": 0}, "micro=0"), ({"config": {"where": Path("x")}}, "config cannot be kept"),
+    ({"evaluate": lambda state: None}, "evaluate gave a NoneType"), ({"evaluate": lambda state: {"it": state}}, "evaluate gave something that a record cannot hold"),
+    ({"draw": lambda step, generator: (1, 2)}, "draw gave a tuple; expected a dictionary"),
+    ({"draw": lambda step, generator: {"x": torch.ones(8, 2), "n": 3}}, "draw gave a dict"),
+    ({"draw": lambda step, generator: {"x": torch.ones(8, 2), "y": torch.ones(6)}}, "batch of {'x': 8, 'y': 6}; expected as many"),
+    ({"draw": lambda step, generator: {"x": torch.ones(0, 2)}}, "at least one"),
+])
+def test_arguments_that_do_not_fit(more, says):
+    with pytest.raises(ValueError, match=says): small(**more)[1]()
+
+
+def test_training_nothing_is_an_error():
+    net, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    def go(model, held): return list(fit(model, lambda m, generator: m.weight.square().sum(), 4, torch.optim.Adam(held.parameters()), 0))
+    with pytest.raises(ValueError, match="the optimiser holds no parameter of this Linear"): go(net, other)
+    with pytest.raises(ValueError, match="Linear has no parameters that are trained"): go(net.requires_grad_(False), other)
+    with pytest.raises(ValueError, match=r"loss gave shape \(2,\); expected one number"):
+        list(fit(other, lambda m, generator: m.weight[0], 4, torch.optim.Adam(other.parameters()), 0))
+
+
+def test_clipping_looks_at_what_is_trained(tmp_path):
+    "With an optimiser of the head alone, gradients of the rest neither pile up nor count."
+    torch.manual_seed(0)
+    body, head = nn.Linear(2, 4), nn.Linear(4, 1)
+    net = nn.Sequential(body, head)
+    for state in fit(net, lambda m, generator: 100 * m(torch.ones(8, 2)).square().mean(), 5, torch.optim.SGD(head.parameters(), 1e-9), 0, clip=1e-3):
+        own = torch.stack([p.grad.norm() for p in head.parameters()]).norm()
+        torch.testing.assert_close(own, torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_first_step(tmp_path):
+    (tmp_path/"file").write_text("")
+    seen = []
+    with pytest.raises(OSError, match="checkpoints cannot be written to .*file"): small(folder=tmp_path/"file", evaluate=lambda state: seen.append(1) or {})[1]()
+    assert not seen
+
+
+def test_what_is_measured_is_kept_as_plain_values(tmp_path):
+    small(folder=tmp_path, evaluate=lambda state: {"a": torch.tensor(1.5), "b": np.float32(0.5), "c": [torch.arange(2)]}, every=2, checkpoint_every=2)[1]()
+    assert load_checkpoint(tmp_path, {})["record"][-1] == {"step": 4, "a": 1.5, "b": 0.5, "c": [[0, 1]]}
+
+
+def test_modes(tmp_path):
+    "Measured, and left, in eval mode; trained in train mode, but for layers that were in eval mode before."
+    measured, trained = [], []
+    net, _ = small()
+    net[1].eval()
+    def loss(model, generator):
+        trained.append((model.training, model[1].training, model[2].training))
+        return model(torch.ones(8, 2)).square().mean()
+    for _ in fit(net, loss, 4, torch.optim.Adam(net.parameters()), 0, evaluate=lambda state: measured.append(state.ema.training) or {}, every=1): pass
+    assert set(trained) == {(True, False, True)} and set(measured) == {False} and len(measured) == 5 and not any(m.training for m in net.modules())
+
+
+def test_dropout_depends_on_the_seed_alone():
+    found = []
+    for global_seed in (1, 2):
+        net, go = small()
+        torch.manual_seed(global_seed)
+        go()
+        found.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_a_finished_training_without_a_name_says_so(tmp_path):
+    small(folder=tmp_path)[1]()
+    with pytest.warns(UserWarning, match="finished at step 4: nothing is trained. `config` tells trainings apart"): small(folder=tmp_path)[1]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small(folder=tmp_path/"named", config={"run": 1})[1]()
+        small(folder=tmp_path/"named", config={"run": 1})[1]()

@@ -174,7 +174,7 @@ def test_layers_that_can_be_helped(kind):
 
 
 @pytest.mark.parametrize("kind, says", [
-    ("batch norm", "Images cannot be differentiated.*BatchNorm in train mode does: put it in eval mode, use `dlsm.resnet.BatchNorm`"),
+    ("batch norm", "Images cannot be differentiated.*BatchNorm in train mode does: call `eval\\(\\)` on such layers.*use `dlsm.resnet.BatchNorm`"),
     ("checkpoint", "switch activation checkpointing off"), ("reentrant checkpoint", "autograd.Function without `setup_context`"),
 ])
 def test_layers_that_cannot_be_helped_are_explained(kind, says):

@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_names_step_levels_and_checkpoint(tmp_path, di
     def counted(step, generator):
         fails.step = step
         return draw(step, generator)
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 9 \(σ from .* to .*\); last good checkpoint: step-00000005; try"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 9 \(σ from .* to .*\); last good checkpoint: step-00000005; look at the data, or try"):
         finish(fit(net, fails, 20, torch.optim.Adam(net.parameters()), 0, tmp_path, draw=counted, clip=1., checkpoint_every=5, log_every=5))
 
 
