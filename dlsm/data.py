@@ -50,7 +50,8 @@ class Images:
 def to_unit(
     x:Tensor, # bytes 0…255, any shape
 )->Tensor: # numbers in [0, 1], float32
-    "Turn bytes into the numbers that networks and noise levels refer to."
+    "Turn bytes into the numbers that networks and noise levels refer to. Raises `ValueError` for what are no bytes."
+    if x.dtype != torch.uint8: raise ValueError(f"x has dtype {x.dtype}; expected bytes 0…255 (uint8): is it scaled already?")
     return x.float() / 255
 
 # %% ../nbs/10_data.ipynb #2ec47c83

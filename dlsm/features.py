@@ -77,7 +77,7 @@ def paired(
     if isinstance(real, Features) and isinstance(fake, Features) and (real.network, real.digest) != (fake.network, fake.digest):
         told = [f"{f.network} (weights {f.digest or 'none'})" for f in (real, fake)]
         raise ValueError(f"real features are from {told[0]} and fake ones from {told[1]}: only features of one network can be compared")
-    real, fake = (f.x if isinstance(f, Features) else f for f in (real, fake))
+    real, fake = (torch.as_tensor(f.x if isinstance(f, Features) else f) for f in (real, fake))  # NumPy's arrays too
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1] or not (len(real) and len(fake)):
         raise ValueError(f"real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}; expected [N, D] and [M, D]")
     for name, points in (("real", real), ("fake", fake)):

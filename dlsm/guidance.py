@@ -6,11 +6,12 @@
 __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelihood_score', 'prior_score', 'posterior_score']
 
 # %% ../nbs/02_decomposition.ipynb #906db570
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dsm import Score
@@ -27,15 +28,18 @@ def check_logits(
     y:Tensor, # labels [B], integers
 ):
     "Raise `ValueError` unless a classifier gave one logit per item and class, and the labels are among the classes."
+    if not isinstance(logits, Tensor): raise ValueError(
+        f"classifier gave a {type(logits).__name__}; expected logits, a tensor [B, K]: wrap it, as in lambda x, sigma: net(x, sigma).logits")
     if logits.ndim != 2 or len(logits) != len(x_noisy):
         raise ValueError(f"classifier gave logits of shape {tuple(logits.shape)}; expected "
                          f"({len(x_noisy)}, number of classes), a row per item of x_noisy {tuple(x_noisy.shape)}")
+    if logits.shape[1] < 2: raise ValueError(f"classifier gave logits of shape {tuple(logits.shape)}; expected a column for each of at least two classes")
     check_batch(x_noisy, sigma, y, logits.shape[1])
 
 # %% ../nbs/02_decomposition.ipynb #8f36d84b
 _INSTEAD = {  # what PyTorch says of a layer -> what to do
-    "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: call `eval()` on such layers (`fit` leaves them so), use `dlsm.resnet.BatchNorm` "
-                                "(the same otherwise), or a norm of each item by itself, such as GroupNorm",
+    "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: call `eval()` on such layers (`fit` leaves them so), use "
+                                "`dlsm.resnet.BatchNorm` (the same otherwise), or a norm of each item by itself, such as GroupNorm",
     "saved tensor hooks": "it recomputes its activations: switch activation checkpointing off; `micro` of `fit` saves memory too",
     "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off"}
 
@@ -67,6 +71,7 @@ def likelihood_score_and_logits(
     Through log-softmax in at least float32: the gradient does not vanish where p(y|x̃) underflows. Raises `RuntimeError` for a classifier
     with layers that do not allow it (BatchNorm in train mode, activation checkpointing), naming what does.
     """
+    if y is None: raise ValueError("y is None; expected labels [B]")
     check_batch(x_noisy, sigma, y)
 
     def log_likelihood(x):
@@ -98,11 +103,34 @@ def prior_score(
     x_noisy:Tensor, # noisy points or images [B, …]
     sigma:Tensor, # noise levels [B]
 )->Tensor: # s(x̃) like x_noisy, without a graph
-    "Evaluate a frozen score model. Raises `ValueError` if what it gives has another shape than `x_noisy`."
+    "Evaluate a frozen score model. Raises `ValueError` if what it gives is no tensor of the shape of `x_noisy`."
     with torch.no_grad(): prior = score(x_noisy, sigma)
+    if not isinstance(prior, Tensor): raise ValueError(
+        f"score gave a {type(prior).__name__}; expected a tensor like x_noisy: wrap it, as in lambda x, sigma: net(x, sigma).sample")
     if prior.shape != x_noisy.shape:
         raise ValueError(f"score gave shape {tuple(prior.shape)}; expected that of x_noisy: {tuple(x_noisy.shape)}")
     return prior
+
+
+def _first_look(
+    score:Score, # the prior score s(x̃; φ)
+    classifier:Classifier, # p(y|x̃; θ) as logits
+    y:Tensor, # labels [B]
+    likelihood:Tensor, # what the classifier's gradient is [B, …]
+    logits:Tensor, # and its logits [B, K]
+):
+    "Warn of what is no error and yet seldom meant."
+    random = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
+    for name, net in (("score", score), ("classifier", classifier)):
+        if isinstance(net, nn.Module) and any(m.training and isinstance(m, random) for m in net.modules()):
+            warnings.warn(f"the {name} is in train mode, with dropout or statistics of the batch at work: call its eval()", stacklevel=3)
+    try:
+        if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+            warnings.warn("the classifier's outputs are at least 0 and sum to 1, as probabilities do; expected logits, before softmax", stacklevel=3)
+        unsure = logits.log_softmax(1).gather(1, y.long()[:, None]).min() < -1e-3
+        if unsure and not likelihood.any(): warnings.warn(
+            "the classifier's gradient is 0 for every item, so it guides nothing: does it run under torch.no_grad, detach its input or round it?", stacklevel=3)
+    except RuntimeError: pass  # batched by torch.vmap: values cannot be looked at
 
 
 def posterior_score(
@@ -113,12 +141,17 @@ def posterior_score(
 )->Score: # (x_noisy [B, …], sigma [B]) -> posterior score, like x_noisy
     """Give the `Score` s(x̃) + α ∇ log p(y|x̃) (Bayes' rule for scores; α ≠ 1 is the scaling remedy), without a graph.
 
-    Costs one evaluation of the score, and one forward and backward pass of the classifier. Raises as `likelihood_score` does.
+    Costs one evaluation of the score, and one forward and backward pass of the classifier. Raises as `likelihood_score` does. At the first
+    call it warns of a network in train mode, of probabilities where logits are expected, and of a gradient that is 0.
     """
+    looked = []
+
     def guided(x_noisy, sigma):
         labels = torch.full(sigma.shape, y, device=sigma.device) if isinstance(y, int) else y
         alpha = expand(scale, x_noisy) if isinstance(scale, Tensor) else scale
         if isinstance(scale, Tensor) and scale.shape not in ((), sigma.shape):
             raise ValueError(f"scale has shape {tuple(scale.shape)}; expected one value, or one per item of x_noisy {tuple(x_noisy.shape)}")
-        return prior_score(score, x_noisy, sigma) + alpha * likelihood_score(classifier, x_noisy, sigma, labels)
+        with torch.no_grad(): likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, labels)
+        if not looked and not torch.compiler.is_compiling(): looked.append(_first_look(score, classifier, labels, likelihood, logits))
+        return prior_score(score, x_noisy, sigma) + alpha * likelihood
     return guided

@@ -79,6 +79,8 @@ def total_loss(
     reduce:Literal["mean", "sum"]="mean", # over an item's dimensions
 )->Tensor: # one loss per item [B]
     "Compute L_Total = L_DLSM′ + λ L_CE from one forward pass of the classifier. Raises as `dlsm_loss` does."
+    if isinstance(lam, Tensor) and lam.shape not in ((), sigma.shape): raise ValueError(
+        f"lam has shape {tuple(lam.shape)}; expected one value, or one per item of x {tuple(x.shape)}")
     x_noisy = perturb(x, sigma, noise)
     prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)

@@ -16,7 +16,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from .dsm import Score, perturb
-from .guidance import Classifier, likelihood_score
+from .guidance import Classifier, likelihood_score, prior_score
 from .parzen import parzen_log_density
 
 # %% ../nbs/19a_mismatch.ipynb #e8e4d818
@@ -26,6 +26,7 @@ def calibration_error(
     bins:int=15, # of equal width, for the confidence
 )->float: # 0 (calibrated) … 1
     "Compute the expected calibration error: |accuracy − confidence|, averaged over bins with the share of their items as weights."
+    if logits.ndim != 2 or y.shape != logits.shape[:1]: raise ValueError(f"logits {tuple(logits.shape)} and y {tuple(y.shape)}; expected [N, K] and [N]")
     confidence, answer = logits.softmax(1).max(1)
     gaps = (answer == y).to(confidence) - confidence
     index = (confidence * bins).long().clamp(max=bins - 1)
@@ -51,6 +52,12 @@ def logits_at(
     with torch.no_grad(): return torch.cat([classifier(part, part.new_full(part.shape[:1], sigma)) for part in x_noisy.split(batch)])
 
 # %% ../nbs/19a_mismatch.ipynb #8cbbaf3c
+def _check_labels(x:Tensor, labels:Tensor, n_classes:int|None=None):
+    if labels.ndim != 2 or labels.shape[1:] != x.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [L, {len(x)}], L labels of each image (for one of each, labels[None])")
+    if n_classes and (labels.min() < 0 or labels.max() >= n_classes): raise ValueError(f"labels {labels.min()} … {labels.max()}; expected 0 … {n_classes - 1}")
+
+
 @dataclass(frozen=True)
 class Exact:
     "What the oracle knows about noisy images, in float64."
@@ -75,6 +82,9 @@ def image_oracle(
     chunk:int=128, # noisy images at a time
 )->Callable[[Tensor, Tensor, Tensor], Exact]: # (x_noisy [B, …], sigma [B], labels [L, B]) -> Exact
     "Give the exact scores of the Parzen density of labelled images. One pass through the images for each chunk."
+    if y.shape != x.shape[:1] or y.is_floating_point(): raise ValueError(f"y {tuple(y.shape)} of {y.dtype}; expected an integer label for each of x {tuple(x.shape)}")
+    if y.min() < 0 or y.max() >= n_classes: raise ValueError(f"y has labels {y.min()} … {y.max()}; expected 0 … {n_classes - 1}")
+    if missing := sorted({*range(n_classes)} - {*y.unique().tolist()}): raise ValueError(f"no image of class {', '.join(map(str, missing))}: its density does not exist")
     groups = [x[y == k] for k in range(n_classes)]
     densities = [parzen_log_density(group) for group in groups]
     share = torch.tensor([len(group) for group in groups], device=x.device).double().log()
@@ -91,6 +101,7 @@ def image_oracle(
         return prior, scores[labels, torch.arange(len(query), device=labels.device)], log_p, _neighbours(query, sigma, groups)
 
     def oracle(x_noisy, sigma, labels):
+        _check_labels(x_noisy, labels, n_classes)
         parts = zip(x_noisy.double().split(chunk), sigma.double().split(chunk), labels.split(chunk, 1))
         found = zip(*(at(*part) for part in parts))
         return Exact(*(torch.cat(part, 1 if i == 1 else 0) for i, part in enumerate(found)))
@@ -133,7 +144,7 @@ def mismatch(
     noise:Tensor, # unit Gaussian, like x
     labels:Tensor, # L labels of each image [L, B]
     sigma:float, # the level
-    scale:float=10., # α of the scaling remedy, applied to the classifier `ce`
+    scale:float=10., # α of the scaling remedy, applied to the classifier `ce`, if there is one
 )->dict[str, dict[str, Tensor]]: # by method, and by measure
     """Measure the errors of a prior and of classifiers against the exact scores, image by image, at one noise level.
 
@@ -143,9 +154,10 @@ def mismatch(
     level = x.new_full(x.shape[:1], sigma)
     x_noisy = perturb(x, level, noise)
     exact = oracle(x_noisy, level, labels)
-    with torch.no_grad(): prior = torch.cat([score(*part) for part in zip(x_noisy.split(256), level.split(256))])
+    prior = torch.cat([prior_score(score, *part) for part in zip(x_noisy.split(256), level.split(256))])
     likelihoods = {name: likelihood_scores(net, x_noisy, sigma, labels) for name, net in classifiers.items()}
-    likelihoods |= {"scaling": scale * likelihoods["ce"], "zero": torch.zeros_like(likelihoods["ce"])}
+    if "ce" in likelihoods: likelihoods["scaling"] = scale * likelihoods["ce"]
+    likelihoods["zero"] = x_noisy.new_zeros(len(labels), *x_noisy.shape)
     found = {name: score_errors(prior, likelihood, exact) for name, likelihood in likelihoods.items()}
     found["prior"] = {"error": _lengths(prior - exact.prior, 1), "norm": _lengths(exact.prior, 1),
                       "cosine": F.cosine_similarity(prior.double().flatten(1), exact.prior.flatten(1))}

@@ -188,10 +188,11 @@ def prdc_points(
     real:Tensor|Features, # real points or features [N, D]
     fake:Tensor|Features, # generated points or features [M, D]
     k:int=5, # neighbours
-    only:Sequence[str]=PRDC, # which of the four
+    only:Sequence[str]|str=PRDC, # which of the four
     inclusive:bool=False, # whether a point on the rim of a ball is inside: no as in prdc, yes as in torch-fidelity
 )->dict[str, Tensor]: # precision [M], recall [N], density [M], coverage [N], float64
     "Say of each point what it adds to a metric; the metric is the mean. Raises `ValueError` as `prdc` does."
+    only = (only,) if isinstance(only, str) else only
     if unknown := set(only) - set(PRDC): raise ValueError(f"no such metric: {', '.join(sorted(unknown))}; there are {', '.join(PRDC)}")
     real, fake = paired(real, fake)
     _check_k(k, real=real, fake=fake)
@@ -217,7 +218,7 @@ def prdc(
     real:Tensor|Features, # real points or features [N, D]
     fake:Tensor|Features, # generated points or features [M, D]
     k:int=5, # neighbours
-    only:Sequence[str]=PRDC, # which of the four; each costs what it needs
+    only:Sequence[str]|str=PRDC, # which of the four; each costs what it needs
     inclusive:bool=False, # whether a point on the rim of a ball is inside: no as in prdc, yes as in torch-fidelity
 )->dict[str, float]: # precision, recall, density, coverage
     """Compute precision, recall, density and coverage of `fake` against `real` with balls to the k-th nearest neighbour.

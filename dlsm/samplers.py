@@ -29,6 +29,25 @@ def gaussian_noise(
     return lambda x: torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 # %% ../nbs/14_samplers.ipynb #05fc40b1
+def _like(
+    x:Tensor, # state [B, …]
+    z:Tensor, # what a source of noise gave
+)->Tensor: # `z`
+    "Raise `ValueError` if noise has another shape than the state: it would be the same along an axis."
+    if z.shape != x.shape: raise ValueError(f"noise gave shape {tuple(z.shape)}; expected that of x: {tuple(x.shape)}")
+    return z
+
+
+def _finite(
+    x:Tensor, # the end of a walk [B, …]
+)->Tensor: # `x`
+    "Raise `FloatingPointError` if a walk ended at infinity or nowhere. It looks once, at the end: looking waits for the device."
+    bad = int((~x.isfinite()).flatten(1).any(1).sum())
+    if bad: raise FloatingPointError(f"{bad} of {len(x)} items are not finite after the walk: the start, the score or the scale of the guidance was not, "
+                                     "or the steps are too long for this score")
+    return x
+
+
 def langevin(
     score:Score, # of the distribution at `sigma`
     x:Tensor, # start [B, …]
@@ -43,8 +62,8 @@ def langevin(
     if not 0 < step <= 1: raise ValueError(f"step={step}; expected a fraction of σ² in (0, 1]")
     eps = step * sigma**2
     with torch.no_grad():
-        for _ in range(steps): x = x + eps * score(x, levels) + (2 * eps) ** 0.5 * noise(x)
-    return x
+        for _ in range(steps): x = x + eps * prior_score(score, x, levels) + (2 * eps) ** 0.5 * _like(x, noise(x))
+    return _finite(x)
 
 # %% ../nbs/14_samplers.ipynb #baa71e06
 def _at(
@@ -67,7 +86,7 @@ def _prepare(
     if not (final >= 0 and ladder[0] < math.inf and all(a > b for a, b in zip(ladder, ladder[1:]))):
         raise ValueError(f"sigmas {tuple(sigmas.shape)} followed by final={final} must decrease strictly and stay ≥ 0")
     check_batch(x, x.new_full(x.shape[:1], ladder[0]), name="x")
-    return x.to(torch.promote_types(x.dtype, torch.float32)), list(zip(ladder, ladder[1:]))
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32)), list(zip(ladder, ladder[1:]))
 
 # %% ../nbs/14_samplers.ipynb #f9309e58
 def _norm(
@@ -92,20 +111,21 @@ def pc_sample(
 )->Tensor: # [B, …]
     """Sample with a reverse-diffusion predictor after a Langevin corrector, from `sigmas[0]` down to `final` (Song et al. 2021).
 
-    Two evaluations of the score per level. Raises `ValueError` for a ladder that does not decrease or ends below `final`.
+    Two evaluations of the score per level. Raises `ValueError` for a ladder that does not decrease or ends below `final`, and
+    `FloatingPointError` if an item ends at no finite place.
     """
     x, steps = _prepare(x, sigmas, final)
     if not snr > 0: raise ValueError(f"snr={snr}; expected a signal-to-noise ratio > 0")
     if levels is not None and levels.shape != sigmas.shape: raise ValueError(f"levels {tuple(levels.shape)} must be as many as sigmas {tuple(sigmas.shape)}")
     noise = noise or image_noise(0, torch.arange(len(x), device=x.device))
     for asked, (here, below) in zip((sigmas if levels is None else levels).tolist(), steps):
-        grad, z = _at(score, x, asked), noise(x)
+        grad, z = _at(score, x, asked), _like(x, noise(x))
         eps = expand(2 * (snr * _norm(z, per_image) / _norm(grad, per_image)) ** 2, x)
         x = x + eps * grad + (2 * eps).sqrt() * z
         variance = here**2 - below**2
         x = x + variance * _at(score, x, asked)
         if below > 0 or not denoise: x = x + variance**0.5 * noise(x)
-    return x
+    return _finite(x)
 
 # %% ../nbs/14_samplers.ipynb #c5beb312
 def karras_levels(
@@ -137,7 +157,7 @@ def heun_sample(
         ahead = x + (below - here) * slope
         if below > 0: ahead = x + (below - here) * (slope - below * _at(score, ahead, below)) / 2
         x = ahead
-    return x
+    return _finite(x)
 
 # %% ../nbs/14_samplers.ipynb #359ba691
 def multistep_sample(
@@ -158,7 +178,7 @@ def multistep_sample(
             guess = clean + (clean - before) * math.log(here / below) / (2 * math.log(above / here))
         x = below / here * x + (1 - below / here) * guess
         above, before = here, clean
-    return x
+    return _finite(x)
 
 # %% ../nbs/14_samplers.ipynb #2d7e80c3
 def guide_between(
@@ -181,7 +201,7 @@ def guide_between(
 def in_bf16(
     model:Callable[[Tensor, Tensor], Tensor], # a `Score` or a `Classifier`
 )->Callable[[Tensor, Tensor], Tensor]: # the same, faster where the device likes bfloat16
-    "Run a model's layers in bfloat16."
+    "Run a model's layers in bfloat16. Scores bear it; a classifier's gradient does less well: a few per cent of its length are lost."
     def run(x_noisy, sigma):
         with torch.autocast(x_noisy.device.type, torch.bfloat16): return model(x_noisy, sigma).to(x_noisy.dtype)
     return run

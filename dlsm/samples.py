@@ -168,11 +168,7 @@ def _write(
     meta:dict, # what the set is
     seconds:float, # it took
 ):
-    "Write a shard whole or not at all. Raises `FloatingPointError` for values that are not finite."
-    bad = (~x.isfinite()).flatten(1).any(1)
-    if bad.any():
-        raise FloatingPointError(f"{int(bad.sum())} of {len(x)} images of {path.stem} are not finite (method {meta['method']}, α = {meta['alpha']:g}, {meta['sampler']}): "
-                                 "nothing was written; use more levels or a smaller α")
+    "Write a shard whole or not at all."
     tensors = {"x": (x.clamp(0, 1) * 255).round().to(torch.uint8), "y": y, "index": index}
     with atomic_path(path) as part: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
     note = {"first": int(index[0]), "histogram": torch.bincount(y.cpu(), minlength=meta["n_classes"]).tolist(), "sha256": sha256(path),
@@ -215,8 +211,10 @@ def make_samples(
         if _note(path) is None:
             index = torch.arange(first, end, device=device)
             y = index % image.n_classes
-            x = torch.cat([draw(posterior_score(score, classifier, labels, meta["alpha"]), part, image, settings, sampler, seed)
-                           for part, labels in zip(index.split(batch or len(index)), y.split(batch or len(index)))])
+            parts = zip(index.split(batch or len(index)), y.split(batch or len(index)))
+            try: x = torch.cat([draw(posterior_score(score, classifier, labels, meta["alpha"]), part, image, settings, sampler, seed) for part, labels in parts])
+            except FloatingPointError as e: raise FloatingPointError(
+                f"{path.stem} (method {method}, α = {meta['alpha']:g}, {sampler}): {e}; nothing was written; use more levels or a smaller α") from e
             _write(path, x, y, index, meta, time.monotonic() - began)
         yield path
 

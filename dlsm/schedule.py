@@ -41,6 +41,7 @@ def check_batch(
     for what, value in ((name, x), ("sigma", sigma), *([("y", y)] if y is not None else [])):
         if not isinstance(value, Tensor): raise ValueError(f"{what} is a {type(value).__name__}; expected a tensor, one value per item")
     if x.ndim < 2: raise ValueError(f"{name} has shape {tuple(x.shape)}; expected a batch [B, …] of points or images")
+    if not x.is_floating_point(): raise ValueError(f"{name} has dtype {x.dtype}; expected floating-point numbers (of bytes, `dlsm.data.to_unit` makes them)")
     if sigma.shape != x.shape[:1]:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected one level per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")
     if _any(~(sigma > 0)): raise ValueError(f"sigma {tuple(sigma.shape)} has values that are not positive; a noise level must be > 0")

@@ -1,4 +1,6 @@
 """Likelihood and posterior scores: exact on the oracle, per item, in any shape, with a graph only if asked for; and what is refused."""
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,3 +187,46 @@ def test_layers_that_cannot_be_helped_are_explained(kind, says):
 def test_other_errors_of_a_classifier_are_its_own():
     def broken(x, sigma): raise RuntimeError("out of tea")
     with pytest.raises(RuntimeError, match="^out of tea$"): likelihood_score(broken, X, S, Y)
+
+
+@pytest.mark.parametrize("answer, says", [
+    (lambda x, s: (two(x, s),), "classifier gave a tuple; expected logits, a tensor .B, K.: wrap it"), (lambda x, s: two(x, s)[:, :1], "at least two classes"),
+])
+def test_what_a_classifier_may_not_give(answer, says):
+    with pytest.raises(ValueError, match=says): likelihood_score(answer, X, S, Y * 0)
+
+
+def test_what_a_score_may_not_give():
+    with pytest.raises(ValueError, match="score gave a tuple; expected a tensor like x_noisy: wrap it"): prior_score(lambda x, s: (x,), X, S)
+    with pytest.raises(ValueError, match="y is None; expected labels"): posterior_score(lambda x, s: -x, two, None)(X, S)
+    with pytest.raises(ValueError, match="x_noisy has dtype torch.uint8; expected floating-point numbers .of bytes, `dlsm.data.to_unit`"):
+        prior_score(parzen_score(X), torch.zeros(6, 2, dtype=torch.uint8), S)
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+
+    def forward(self, x, sigma): return self.layers(x)
+
+
+@pytest.mark.parametrize("score, classifier, says", [
+    (None, torch.no_grad()(lambda x, s: two(x, s)), "gradient is 0 for every item, so it guides nothing"),
+    (None, lambda x, s: two(x.detach(), s), "gradient is 0"), (None, lambda x, s: two(x, s).softmax(1), "as probabilities do; expected logits"),
+    (None, Dropping(), "the classifier is in train mode"), (Dropping(), None, "the score is in train mode"),
+])
+def test_what_is_seldom_meant_is_warned_of_once(score, classifier, says):
+    guided = posterior_score(score or (lambda x, s: -x), classifier or two, 0)
+    with pytest.warns(UserWarning, match=says): guided(X, S)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guided(X, S)
+
+
+def test_what_is_meant_is_not_warned_of():
+    "Networks in eval mode; logits; a gradient that is 0 because the classifier is sure."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior_score(Dropping().eval(), Dropping().eval(), 0)(X, S)
+        posterior_score(lambda x, s: -x, lambda x, s: torch.stack([x[:, 0] * 0 + 200, x[:, 1] * 0], 1), 0)(X, S)

@@ -142,3 +142,9 @@ def test_bad_input_of_the_others():
     with pytest.raises(ValueError, match=r"sigma \(6,\)"): ce_loss(two, X, -S, Y)
     with pytest.raises(ValueError, match="reduce='max'"): dlsm_loss(two, prior, X, Y, S, X, reduce="max")
     with pytest.raises(ValueError, match=r"classifier gave logits of shape \(6,\)"): ce_loss(lambda x, s: x[:, 0], X, S, Y)
+
+
+def test_lambda_belongs_to_the_item_or_to_all():
+    with pytest.raises(ValueError, match=r"lam has shape \(6, 1\); expected one value, or one per item"):
+        x = torch.zeros(6, 2)
+        total_loss(lambda x, s: x, lambda x, s: -x, x, torch.zeros(6, dtype=torch.long), torch.ones(6), x, torch.ones(6, 1))

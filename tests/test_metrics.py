@@ -10,6 +10,7 @@ import torch
 from dlsm import neighbours
 from dlsm.classwise import check_balanced, classwise, released, stream
 from dlsm.features import Features
+from dlsm.frechet import fid, moments
 from dlsm.intervals import accuracy_interval, halves, interval
 from dlsm.metrics import CLAIMS, FAIR, ROWS, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
 from dlsm.neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii
@@ -265,3 +266,12 @@ def test_the_product_is_within_its_bound(d, size):
     ((_, base, t),) = neighbours._tiles(a, b, torch.arange(40))
     bound, exact = base[:, None] - t.double(), (torch.cdist(a.points.double(), b.points.double()) / a.scale).square()
     assert (bound <= exact).all() and (exact - bound < 2 * neighbours._slack(a) * (a.norm[:, None] + b.norm)).all()
+
+
+def test_numpy_arrays_and_one_metric_by_name():
+    real, fake = np.random.default_rng(0).normal(size=(2, 50, 4))
+    tensors = torch.from_numpy(real), torch.from_numpy(fake)
+    assert prdc(real, fake, 3) == prdc(*tensors, 3) and prdc(real, fake, 3, only="recall") == {"recall": prdc(*tensors, 3)["recall"]}
+    with pytest.warns(UserWarning, match="biased upwards"): assert fid(real, fake) == fid(*tensors) == fid(moments(real), moments(fake))
+    for images, says in ((torch.zeros(9, 3, 4, 4), "expected .N, D."), (torch.zeros(0, 4), "0 images: a covariance needs at least 2")):
+        with pytest.raises(ValueError, match=says): moments(images)

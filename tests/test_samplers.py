@@ -212,3 +212,31 @@ def test_langevin_keeps_no_graph():
     net = torch.nn.Linear(2, 2)
     x = langevin(lambda x, sigma: net(x), torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), 1., 5, 0.1, gaussian_noise(torch.Generator().manual_seed(1)))
     assert not x.requires_grad and all(p.requires_grad for p in net.parameters())
+
+
+def walks(score, x, noise=None):
+    "All samplers from one start."
+    noise, levels = noise or gaussian_noise(torch.Generator().manual_seed(0)), karras_levels(0.1, 10., 9)
+    yield lambda: langevin(score, x, 1., 3, 0.1, noise)
+    yield lambda: pc_sample(score, x, levels, noise=noise)
+    yield lambda: heun_sample(score, x, levels)
+    yield lambda: multistep_sample(score, x, levels)
+
+
+def test_a_walk_that_ends_nowhere_is_an_error():
+    x = torch.ones(4, 2)
+    for walk in walks(lambda x, s: torch.where(torch.arange(4)[:, None] == 1, math.nan, -x / 100), x):
+        with pytest.raises(FloatingPointError, match="[14] of 4 items are not finite after the walk"): walk()
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    x = torch.ones(4, 2)
+    for walk in walks(lambda x, s: -x[:, :1], x):
+        with pytest.raises(ValueError, match=r"score gave shape \(4, 1\)"): walk()
+    for walk in list(walks(lambda x, s: -x, x, noise=lambda x: torch.randn(len(x), 1)))[:2]:
+        with pytest.raises(ValueError, match=r"noise gave shape \(4, 1\); expected that of x: \(4, 2\)"): walk()
+
+
+def test_the_start_keeps_its_graph_to_itself():
+    x = torch.ones(4, 2, requires_grad=True)
+    for walk in walks(lambda x, s: -x / 200, x): assert not walk().requires_grad

@@ -1,0 +1,45 @@
+"""The oracle of labelled images and the errors against it: what it agrees with, and what is refused."""
+import pytest
+import torch
+
+from dlsm.dsm import perturb
+from dlsm.guidance import likelihood_score
+from dlsm.mismatch import calibration_error, image_oracle, mismatch
+from dlsm.parzen import parzen_classifier, parzen_score
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.rand(30, 1, 3, 3, generator=G), torch.arange(30) % 3
+NOISE, LABELS = torch.randn(8, 1, 3, 3, generator=G), torch.stack([Y[:8], (Y[:8] + 1) % 3])
+oracle = image_oracle(X, Y, 3)
+
+
+def test_the_oracle_is_the_parzen_density():
+    sigma = torch.full((8,), 0.4)
+    noisy = perturb(X[:8], sigma, NOISE)
+    exact = oracle(noisy, sigma, LABELS)
+    torch.testing.assert_close(exact.prior, parzen_score(X)(noisy, sigma).double(), rtol=1e-6, atol=1e-6)
+    judge = parzen_classifier(X, Y, 3)
+    for own, labels in zip(exact.posterior, LABELS):
+        torch.testing.assert_close((own - exact.prior).float(), likelihood_score(judge, noisy, sigma, labels).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_exact_networks_have_no_error_whatever_they_are_called():
+    found = mismatch(parzen_score(X), {"mine": parzen_classifier(X, Y, 3)}, oracle, X[:8], NOISE, LABELS, 0.4)
+    assert set(found) == {"mine", "zero", "prior", "oracle"} and found["mine"]["D_L"].shape == (2, 8)
+    assert found["mine"]["D_L"].max() < 1e-4 * found["zero"]["D_L"].max() and found["prior"]["error"].max() < 1e-4
+    both = mismatch(parzen_score(X), {"ce": parzen_classifier(X, Y, 3)}, oracle, X[:8], NOISE, LABELS, 0.4)
+    assert set(both) == {"ce", "scaling", "zero", "prior", "oracle"} and torch.allclose(both["scaling"]["D_L"], 9 * both["zero"]["D_L"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: image_oracle(X, Y, 2), "y has labels 0 … 2; expected 0 … 1"), (lambda: image_oracle(X, Y, 5), "no image of class 3, 4"),
+    (lambda: image_oracle(X, Y.float(), 3), "torch.float32; expected an integer label"), (lambda: image_oracle(X, Y[:4], 3), r"y \(4,\)"),
+    (lambda: image_oracle((255 * X).byte(), Y, 3), "data has dtype torch.uint8"),
+    (lambda: mismatch(parzen_score(X), {"a": parzen_classifier(X, Y, 3)}, oracle, X[:8], NOISE, LABELS[0], 0.4), r"labels have shape \(8,\); expected \[L, 8\]"),
+    (lambda: mismatch(parzen_score(X), {"a": parzen_classifier(X, Y, 3)}, oracle, X[:8], NOISE, LABELS - 1, 0.4), "labels -1 … 1; expected 0 … 2"),
+    (lambda: mismatch(lambda x, s: x[..., :1], {"a": parzen_classifier(X, Y, 3)}, oracle, X[:8], NOISE, LABELS, 0.4), "score gave shape"),
+    (lambda: calibration_error(torch.zeros(9, 3), torch.zeros(1)), r"logits \(9, 3\) and y \(1,\); expected \[N, K\] and \[N\]"),
+])
+def test_mistakes_are_one_line_each(call, says):
+    with pytest.raises(ValueError, match=says) as e: call()
+    assert "\n" not in str(e.value)
