@@ -64,7 +64,8 @@ def evaluation_flops(
 )->float: # floating-point operations for one image
     "Count the operations of one evaluation of the guided score: the score model forward, the classifier forward and backward."
     with torch.device("meta"):
-        score, classifier, batch = score_net(preset).requires_grad_(False), classifier_net(preset).requires_grad_(False), _batch(preset)
+        score, classifier = (net(preset).eval().requires_grad_(False) for net in (score_net, classifier_net))
+        batch = _batch(preset)
         guided = posterior_score(score, classifier, batch["y"])
         return count_flops(lambda: guided(batch["x"], batch["sigma"])) / len(batch["x"])
 

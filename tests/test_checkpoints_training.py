@@ -283,7 +283,7 @@ def test_other_settings_are_refused_by_name(tmp_path, change, says):
     def go(steps=6, lr=1e-2, seed=0, betas=(0.9, 0.999), foreach=None, **more):
         net = nn.Linear(2, 1)
         optimizer = torch.optim.Adam(net.parameters(), lr, betas, foreach=foreach)
-        return [s.step for s in fit(net, lambda m, generator: m.weight.square().sum(), steps, optimizer, seed, folder=tmp_path, checkpoint_every=3, **more)]
+        return [s.step for s in fit(net, lambda m, generator: m.weight.square().sum(), steps, optimizer, seed, folder=tmp_path, config={"run": 1}, checkpoint_every=3, **more)]
     assert go() == [1, 2, 3, 4, 5, 6]
     if says is None: assert go(**change) == list(range(6, change.get("steps", 6) + 1))[change.get("steps", 6) > 6:]
     else:
@@ -314,7 +314,8 @@ def test_tied_weights_are_kept(tmp_path):
     def go(steps):
         torch.manual_seed(0)
         net = Tied()
-        *_, state = fit(net, lambda m, generator: m.b(m.a(torch.ones(3))).sum(), steps, torch.optim.SGD(net.parameters(), 1e-2), 0, folder=tmp_path, checkpoint_every=4)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+        *_, state = fit(net, lambda m, generator: m.b(m.a(torch.ones(3))).sum(), steps, optimizer, 0, folder=tmp_path, config={"tied": True}, checkpoint_every=4)
         return state.model
     trained, again = go(4), go(4)
     assert torch.equal(trained.a.weight, again.b.weight) and again.a.weight is again.b.weight
