@@ -125,7 +125,7 @@ def fit(
     as each item goes its own way: batch normalisation sees one piece at a time. bf16 rounds every layer to three digits.
     """
     held, began = _check_arguments(model, optimizer, config, draw, ema, clip, micro, bf16), time.monotonic()
-    device = held[0].device
+    device = next(model.parameters()).device
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
     settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
