@@ -113,7 +113,7 @@ def differences(
 def load_checkpoint(
     folder:str|Path, # the run's folder
     config:dict, # what the run is started with now
-    device:torch.device|str="cpu", # where the tensors go
+    device:torch.device|str="cpu", # where the weights go; the state stays on the CPU
 )->dict|None: # step, weights, state, record; None where there is no checkpoint
     """Load the newest undamaged checkpoint in `folder`; weights are data here, never code.
 
@@ -127,6 +127,6 @@ def load_checkpoint(
         if differs := differences(meta["config"], json.loads(json.dumps(config))):
             raise ValueError(f"the checkpoint {path.name} in {folder} is of another configuration: {differs}; remove that folder or use another")
         weights = {p.stem: load_file(p, device=str(device)) for p in sorted(path.glob("*.safetensors"))}
-        state = torch.load(path / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # an optimiser moves its moments; counters of steps are read there in every step
         return {"step": meta["step"], "weights": weights, "state": state, "record": meta["record"], "path": path}
     return None

@@ -41,7 +41,9 @@ def elsm_loss(
     power:float=1, # σ-weighting, see `weighted_error`
     reduce:Literal["mean", "sum"]="mean", # over an item's dimensions
 )->Tensor: # one loss per item [B]
-    """Compute the explicit likelihood score matching loss ½‖∇ log p(y|x̃; θ) − ∇ log p_σ(y|x̃)‖², which needs the oracle.
+    """Compute the explicit likelihood score matching loss ½‖σ^power · (∇ log p(y|x̃; θ) − ∇ log p_σ(y|x̃))‖², which needs the oracle.
+
+    By default with power 1 and divided by the number of dimensions, see `weighted_error`.
 
     Raises `ValueError` as `likelihood_score` does.
     """
@@ -59,7 +61,9 @@ def dlsm_loss(
     power:float=1, # σ-weighting, see `weighted_error`
     reduce:Literal["mean", "sum"]="mean", # over an item's dimensions
 )->Tensor: # one loss per item [B]
-    """Compute the denoising likelihood score matching loss ½‖∇ log p(y|x̃; θ) + s(x̃) − (x − x̃)/σ²‖².
+    """Compute the denoising likelihood score matching loss ½‖σ^power · (∇ log p(y|x̃; θ) + s(x̃) − (x − x̃)/σ²)‖².
+
+    By default with power 1 and divided by the number of dimensions, see `weighted_error`.
 
     The paper's L_DLSM or L_DLSM′, depending on `score`, which is evaluated without a graph: it stays frozen.
     Raises `ValueError` as `perturb` and `likelihood_score` do.

@@ -122,7 +122,7 @@ def fit(
     Stops with `FloatingPointError` when the loss is not finite, naming the step, its noise levels and the last good checkpoint; `ValueError` for a
     checkpoint of another configuration, seed, schedule or optimiser, and for arguments that do not fit; `OSError` if the folder cannot be written;
     `MemoryError` if the device is too small. micro, `compiled` and several processes (with `draw`) change the speed, not what is trained, as long
-    as each item goes its own way: batch normalisation sees one piece at a time. bf16 rounds every layer to three digits.
+    as each item goes its own way: batch normalisation sees one piece at a time, and dropout drops other features. bf16 rounds every layer to three digits.
     """
     held, began = _check_arguments(model, optimizer, config, draw, ema, clip, micro, bf16), time.monotonic()
     device = next(model.parameters()).device
@@ -133,6 +133,7 @@ def fit(
     if saved and (differs := differences(saved["state"].get("settings", settings), settings)):
         raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     if saved: _load(state, optimizer, saved)
+    saved = bool(saved)  # its tensors would stay in memory
     if folder and state.step < steps and rank == 0: _check_folder(Path(folder))
     if saved and state.step >= steps and not config:
         warnings.warn(f"{folder} holds this training, finished at step {state.step}: nothing is trained. `config` tells trainings apart", stacklevel=2)
