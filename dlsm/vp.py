@@ -45,8 +45,8 @@ class _VP(nn.Module):
     ) -> tuple[Tensor, Tensor]: # x_t like x_noisy, steps t [B]
         "Give the network's own input."
         check_batch(x_noisy, sigma)
-        above = torch.bucketize(sigma.float().log(), (self.log_sigmas[1:] + self.log_sigmas[:-1])/2)
-        return x_noisy/(1 + expand(sigma, x_noisy)**2).sqrt(), above
+        ladder = self.log_sigmas.to(sigma.device)  # a function as `net` says nothing of where it runs, and ᾱ often lies on the CPU
+        return x_noisy/(1 + expand(sigma, x_noisy)**2).sqrt(), torch.bucketize(sigma.float().log(), (ladder[1:] + ladder[:-1])/2)
 
 
 class VPScore(_VP):

@@ -58,6 +58,13 @@ def test_the_step_is_the_nearest():
     assert asked[-1].tolist() == [0, 999]
 
 
+def test_steps_are_where_the_images_are():
+    "ᾱ may lie elsewhere: a function in the place of a network is never moved."
+    found = []
+    score = VPScore(lambda x, t: found.append(t) or x, ABAR)
+    assert score(torch.empty(2, 3, device="meta"), torch.empty(2, device="meta")).device.type == found[0].device.type == "meta"
+
+
 def test_a_network_moves_with_its_wrapper():
     net = nn.Linear(2, 2)
     class Net(nn.Module):
