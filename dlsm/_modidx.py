@@ -419,6 +419,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.schedule.VESchedule.levels': ('schedule.html#veschedule.levels', 'dlsm/schedule.py'),
                                'dlsm.schedule._any': ('schedule.html#_any', 'dlsm/schedule.py'),
                                'dlsm.schedule.check_batch': ('schedule.html#check_batch', 'dlsm/schedule.py'),
+                               'dlsm.schedule.check_floating': ('schedule.html#check_floating', 'dlsm/schedule.py'),
                                'dlsm.schedule.expand': ('schedule.html#expand', 'dlsm/schedule.py')},
             'dlsm.training': { 'dlsm.training.State': ('training.html#state', 'dlsm/training.py'),
                                'dlsm.training._average': ('training.html#_average', 'dlsm/training.py'),

@@ -45,7 +45,7 @@ def finished_steps(
 
 def _meta_digest(meta:dict)->str: return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
 
-
+# %% ../nbs/13a_checkpoints.ipynb #8b7e11fc
 def _write(
     part:Path, # temporary folder
     weights:Mapping[str, Mapping[str, Tensor]], # sets of named tensors

@@ -51,7 +51,9 @@ def _check_score(
     x_noisy:Tensor, # for these points or images [B, …]
     name:str="score", # the argument's name
 )->Tensor: # `value`
-    "Raise `ValueError` if a score's value has another shape than its argument: it would broadcast to a wrong loss without a word."
+    "Raise `ValueError` if a score's value is no tensor of its argument's shape: it would broadcast to a wrong loss without a word."
+    if not isinstance(value, Tensor): raise ValueError(
+        f"{name} gave a {type(value).__name__}; expected a tensor like x_noisy: wrap it, as in lambda x, sigma: net(x, sigma).sample")
     if value.shape == x_noisy.shape: return value
     raise ValueError(f"{name} gave shape {tuple(value.shape)}; expected that of x_noisy: {tuple(x_noisy.shape)}")
 

@@ -39,9 +39,11 @@ def moments(
     "Compute mean and covariance. Raises `ValueError` for values that are not finite and fewer than 2 images."
     if isinstance(parts, Features): parts = parts.x
     if isinstance(parts, np.ndarray): parts = torch.from_numpy(parts)
-    if isinstance(parts, Tensor) and parts.ndim != 2: raise ValueError(f"features have shape {tuple(parts.shape)}; expected [N, D]")
+    if isinstance(parts, Tensor):
+        if parts.ndim != 2: raise ValueError(f"features have shape {tuple(parts.shape)}; expected [N, D]")
+        parts = parts.split(2048) if len(parts) else ()
     n, mean, total = 0, 0., 0.
-    for part in parts.split(2048) if isinstance(parts, Tensor) and len(parts) else () if isinstance(parts, Tensor) else parts:
+    for part in parts:
         part = part.double()
         if not part.isfinite().all(): raise ValueError(f"features {tuple(part.shape)} have values that are NaN or infinite")
         m, own = len(part), part.mean(0)

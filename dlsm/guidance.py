@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .dsm import Score
+from .dsm import Score, _check_score
 from .schedule import check_batch, expand
 
 # %% ../nbs/02_decomposition.ipynb #c96264a7
@@ -104,12 +104,7 @@ def prior_score(
     sigma:Tensor, # noise levels [B]
 )->Tensor: # s(x̃) like x_noisy, without a graph
     "Evaluate a frozen score model. Raises `ValueError` if what it gives is no tensor of the shape of `x_noisy`."
-    with torch.no_grad(): prior = score(x_noisy, sigma)
-    if not isinstance(prior, Tensor): raise ValueError(
-        f"score gave a {type(prior).__name__}; expected a tensor like x_noisy: wrap it, as in lambda x, sigma: net(x, sigma).sample")
-    if prior.shape != x_noisy.shape:
-        raise ValueError(f"score gave shape {tuple(prior.shape)}; expected that of x_noisy: {tuple(x_noisy.shape)}")
-    return prior
+    with torch.no_grad(): return _check_score(score(x_noisy, sigma), x_noisy)
 
 
 def _first_look(

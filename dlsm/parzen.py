@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedule import check_batch
+from .schedule import check_batch, check_floating
 
 # %% ../nbs/00_parzen.ipynb #11ad967f
 FEW = 16  # up to so many dimensions the coordinates are gone through one by one
@@ -70,7 +70,7 @@ def _prepare(
 )->tuple[Tensor, Tensor]: # centred data [M, D] in float64, and the centre [D]
     "Check the data and move their mean to the origin, where float64 keeps the most digits."
     if not isinstance(data, Tensor): raise ValueError(f"data is a {type(data).__name__}; expected a tensor [M, …]")
-    if not data.is_floating_point(): raise ValueError(f"data has dtype {data.dtype}; expected floating-point numbers (of bytes, `dlsm.data.to_unit` makes them)")
+    check_floating(data, "data")
     if data.ndim < 2 or len(data) == 0: raise ValueError(f"data has shape {tuple(data.shape)}; expected [M, …] with at least one point")
     flat = data.flatten(1).double()
     if not flat.isfinite().all(): raise ValueError(f"data {tuple(data.shape)} has values that are NaN or infinite")

@@ -204,7 +204,7 @@ def _check_folder(folder:Path):
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise OSError(e.errno, f"checkpoints cannot be written to {folder} ({e.strerror}); name a folder that can be made and written") from e
 
-
+# %% ../nbs/13_training.ipynb #ff151437
 def _backward(
     state:State, # gets the loss of the whole batch
     loss:Callable[..., Tensor], # as in `fit`
@@ -231,7 +231,7 @@ def _average(ema:tuple[list[Tensor], list[Tensor]], model:tuple[list[Tensor], li
     torch._foreach_lerp_(ema[0], model[0], 1 - decay)
     for mine, theirs in zip(ema[1], model[1]): mine.copy_(theirs)
 
-
+# %% ../nbs/13_training.ipynb #ff151438
 def _last_good(folder:Path|None)->str:
     last = max(finished_steps(folder), default=None) if folder else None
     return f"last good checkpoint: {last.name if last else 'none'}; look at the data, or try a lower learning rate"

@@ -48,7 +48,7 @@ class _VP(nn.Module):
         ladder = self.log_sigmas.to(sigma.device)  # a function as `net` says nothing of where it runs, and ᾱ often lies on the CPU
         return x_noisy/(1 + expand(sigma, x_noisy)**2).sqrt(), torch.bucketize(sigma.float().log(), (ladder[1:] + ladder[:-1])/2)
 
-
+# %% ../nbs/12d_vp.ipynb #7a1e0105
 class VPScore(_VP):
     "A `Score` made of a variance-preserving denoiser (DDPM), for data in the denoiser's own range, such as [−1, 1]."
     def __init__(self,
@@ -75,7 +75,7 @@ class VPScore(_VP):
         noise = {"noise": lambda: found, "data": lambda: (x_noisy - found)/s, "v": lambda: shrink*(s*x_t + found)}[self.predicts]()
         return -noise/s
 
-
+# %% ../nbs/12d_vp.ipynb #7a1e0106
 class VPClassifier(_VP):
     "A `Classifier` made of one that was trained on x_t, such as those of guided diffusion."
     def forward(self,
