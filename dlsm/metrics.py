@@ -20,7 +20,7 @@ from .classwise import check_balanced, classwise, released  # noqa: F401
 from .data import Images
 from .features import INCEPTION, Features, Network, efficientnet, fid_name, inception, inception_path, paired, pixels, score_name, see, stored  # noqa: F401
 from .frechet import fid, fid_curve, frechet_distance, inception_score, moments  # noqa: F401
-from .intervals import accuracy_interval, half_width, halves, interval
+from .intervals import accuracy_interval, half_width, halves, interval, outcome
 from .neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii  # noqa: F401
 
 _all_ = ["Features", "Network", "cas", "classwise", "fid", "fid_curve", "images_digest", "inception_score", "nearest", "prdc", "prdc_points", "radii", "see", "stored"]
@@ -132,7 +132,7 @@ def class_differences(
         replicates = np.array([np.subtract(a[name], b[name]) for a, b in zip(found.half_classes, base.half_classes)])
         spread, order = half_width(replicates), value.argsort(kind="stable")
         share = float((1 + np.sign(value)).mean() / 2)
-        low, high = interval(share, (1 + np.sign(replicates)).mean(1) / 2)
+        low, high = np.clip(interval(share, (1 + np.sign(replicates)).mean(1) / 2), 0, 1).tolist()
         table[name] = {"classes": [found.classes["classes"][i] for i in order], "value": value[order].tolist(),
                        "low": (value - spread)[order].tolist(), "high": (value + spread)[order].tolist(), "share": {"value": share, "low": low, "high": high}}
     return table
@@ -164,14 +164,13 @@ def check_claim(
     claim:MethodClaim, # of `CLAIMS`, or `FAIR`
     difference:dict[str, float]|None, # method − other: value, low, high
     printed:dict[str, list]|None=None, # Table 2 of the paper, rows of [base, scaling, ours]
-)->dict: # claim, row, method, other, sign, of_paper, paper, difference, low, high, holds (None: not measured), why
-    "Judge a claim."
+)->dict: # claim, row, method, other, sign, of_paper, paper, difference, low, high, outcome, why
+    "Judge a claim: its outcome is holds, undecided, the opposite holds (`dlsm.intervals.outcome`) or not measured."
     paper = None if printed is None or claim not in CLAIMS else printed[claim.row][METHODS.index(claim.method)] - printed[claim.row][METHODS.index(claim.other)]
     found = {"claim": claim.text, "row": claim.row, "method": claim.method, "other": claim.other, "sign": claim.sign, "of_paper": claim in CLAIMS, "paper": paper}
-    if difference is None: return found | {"difference": None, "low": None, "high": None, "holds": None, "why": "not measured: too few images of each class"}
-    value, ends = difference["value"], (difference["low"], difference["high"])
-    holds = claim.sign * value > 0 and min(claim.sign * end for end in ends) > 0
-    against = max(claim.sign * end for end in ends) < 0
-    why = ("the whole interval has the claimed sign" if holds else "the whole interval has the opposite sign" if against else
-           f"the interval contains 0: {'the sign is as claimed, but ' if claim.sign * value > 0 else ''}these images cannot tell")
-    return found | {"difference": value, "low": ends[0], "high": ends[1], "holds": holds, "why": why}
+    if difference is None: return found | {"difference": None, "low": None, "high": None, "outcome": "not measured", "why": "too few images of each class"}
+    value, ends = difference["value"], {"low": difference["low"], "high": difference["high"]}
+    told = outcome(**ends, sign=claim.sign)
+    why = {"holds": "the whole interval has the claimed sign", "the opposite holds": "the whole interval has the opposite sign",
+           "undecided": f"the interval contains 0: {'the sign is as claimed, but ' if claim.sign * value > 0 else ''}these images cannot tell"}[told]
+    return found | {"difference": value} | ends | {"outcome": told, "why": why}

@@ -173,7 +173,7 @@ def device_name(
 ) -> str: # the card's name, or the kind of processor and the number of threads
     "Name a device as results do."
     device = torch.device(device)
-    if device.type == "cpu": return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cpu": return f"CPU {platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 

@@ -217,6 +217,7 @@ def test_measure_and_differences():
     table = class_differences(b, a)
     assert np.mean(table["density"]["value"]) == pytest.approx(b.rows["cw_density"] - a.rows["cw_density"])
     assert all(low <= value <= high for row in table.values() for low, value, high in zip(row["low"], row["value"], row["high"]))
+    assert all(0 <= row["share"]["low"] <= row["share"]["value"] <= row["share"]["high"] <= 1 for row in table.values())
     few = measure_halves(real.take(torch.arange(40)), good.take(torch.arange(30)), 3, 1, 2, 0, by_class=False)
     assert estimate(few, "cw_recall") is None and math.isfinite(estimate(few, "FID")["value"])
 
@@ -231,11 +232,12 @@ def test_names_and_claims():
     against = {c.text: check_claim(c, None, printed)["paper"] for c in CLAIMS if c.other == "scaling"}
     assert against == {"against scaling too, ours has the lower FID": -10, "against scaling too, ours has the higher CAS": pytest.approx(0.1)}
     fair = check_claim(FAIR, {"value": -1., "low": -2., "high": -0.1}, printed)
-    assert fair["holds"] is True and fair["paper"] is None and not fair["of_paper"]  # the paper has one α for each
-    assert check_claim(claim, {"value": -1., "low": -2., "high": -0.1})["holds"] is True
+    assert fair["outcome"] == "holds" and fair["paper"] is None and not fair["of_paper"]  # the paper has one α for each
+    assert check_claim(claim, {"value": -1., "low": -2., "high": -0.1})["outcome"] == "holds"
     assert check_claim(claim, {"value": -1., "low": -2., "high": 0.1})["why"].startswith("the interval contains 0: the sign is as claimed")
-    assert check_claim(claim, {"value": 1., "low": 0.5, "high": 2.})["why"] == "the whole interval has the opposite sign"
-    assert check_claim(claim, None)["holds"] is None
+    against = check_claim(claim, {"value": 1., "low": 0.5, "high": 2.})
+    assert against["outcome"] == "the opposite holds" and against["why"] == "the whole interval has the opposite sign"
+    assert check_claim(claim, {"value": -1., "low": -2., "high": 0.})["outcome"] == "undecided" and check_claim(claim, None)["outcome"] == "not measured"
 
 
 @pytest.mark.parametrize("m, columns", [(1, 999), (8, 5003), (40, 12_800), (3, 2)])

@@ -68,7 +68,11 @@ def test_verdict():
     good, bad, shown = number("a", 1., 1., 0.1), number("b", 1., 2., 0.1), number("c", 1., 9.)
     claim = Claim("more", "x", lambda t: t["x"], low=1.)
     holds, fails, absent = (claim.check(t) for t in ({"x": 1.}, {"x": 0.5}, {}))
-    assert (holds["ok"], fails["ok"], absent["ok"]) == (True, False, None)
+    assert (holds["outcome"], fails["outcome"], absent["outcome"]) == ("holds", "does not hold", "not measured")
+    spread = claim.check({"x": 1.1}, trainings=[{"x": 0.9}, {}, {"x": 1.3}])  # one that was not measured counts for nothing
+    assert spread["outcome"] == "undecided" and spread["low"] < 1 < spread["high"] and verdict([good], [spread]) == ("not yet", "undecided: more")
+    assert claim.check({"x": 3.}, trainings=[{"x": 2.9}, {"x": 3.1}])["outcome"] == "holds"
+    assert claim.check({"x": 0.1}, trainings=[{"x": 0.1}, {"x": 0.11}])["outcome"] == "does not hold"
     cases = [([good, shown], [holds], 0), ([good, bad], [holds], 1), ([shown], [holds], 1), ([], [], 1), ([good], [fails], 2)]
     for numbers, claims, expected in cases: assert verdict(numbers, claims)[0] == VERDICTS[expected]
     assert verdict([good, bad], [])[1] == "off: b +100%" and "more" in verdict([good], [fails])[1]
@@ -80,7 +84,7 @@ def test_the_printed_numbers_agree_with_themselves():
     found = [row(what, results)["verdict"] for what in ("Table 1", "Fig. 5", "Fig. 1")]
     assert found == ["within tolerance", "within tolerance", "shape only"]
     for claim in row("Table 1", results)["claims"]:
-        if claim["judged"]: assert claim["ok"] and claim["paper"] == pytest.approx(claim["ours"])
+        if claim["judged"]: assert claim["outcome"] == "holds" and claim["paper"] == pytest.approx(claim["ours"])
 
 
 def test_a_number_that_is_off_and_a_claim_that_fails():
@@ -106,17 +110,18 @@ def test_posterior_score_matching_is_judged_between_the_papers_networks():
 def test_what_the_text_says_of_pictures():
     "Fig. 3 on average, Fig. 4 for most classes; what goes class by class is shown and decides nothing."
     def result(id, values): return MADE | {"id": id, "dataset": "cifar10", "paper": None, "values": values}
-    def fig3(average): return result("fig3", {"claims": {"less diverse, on average": average, "less diverse in every class": False}})
+    def fig3(average): return result("fig3", {"claims": {text: {"difference": -0.1, "low": -0.2, "high": 0., "outcome": told} for text, told in
+                                                           (("less diverse, on average", average), ("less diverse in every class", "undecided"))}})
     def fig4(low): return result("fig4", {"differences": {"recall": {"share": {"value": 0.75, "low": low, "high": 1.}}}})
-    assert [row("Fig. 3", [fig3(average)])["verdict"] for average in (True, False)] == ["shape only", "not yet"]
-    assert row("Fig. 3", [fig3(True)])["why"] == "no printed number; shown, not judged, does not hold: less diverse in every class"
+    assert [row("Fig. 3", [fig3(average)])["verdict"] for average in ("holds", "undecided", "the opposite holds")] == ["shape only", "not yet", "not yet"]
+    assert row("Fig. 3", [fig3("holds")])["why"] == "no printed number; shown, not judged, undecided: less diverse in every class"
     assert [row("Fig. 4, CIFAR-10", [fig4(low)])["verdict"] for low in (0.6, 0.5)] == ["shape only", "not yet"]  # three of four bars may be chance
 
 
 def test_table_2_is_compared_where_it_can_be():
     "Numbers: those that the notebook names. Claims: the paper's are judged, ours is shown; an FID is called so where it is one."
     claims = [{"claim": f"{text}ours has the lower FID", "row": "frechet_distance", "other": "base", "of_paper": not text, "paper": -1.85,
-               "difference": -2., "holds": not text}
+               "difference": -2., "low": -3., "high": -1. + 2 * bool(text), "outcome": "undecided" if text else "holds"}
               for text in ("", "with each classifier at its own best α, ")]
     values = {"precision": [0.1, 0.1, 0.1], "CAS": [0.9, 0.9, 0.9], "claims": claims}
     def result(**more): return MADE | {"id": "table2", "dataset": "cifar10", "values": values | more, "paper": paper("table2", "cifar10")}
@@ -214,11 +219,11 @@ def test_finding_follows_the_numbers(report, home):
 
 def test_stand_ins_bring_their_claims(report, home):
     "Those of Table 2 as `07_evaluation` judged them, and the score mismatch on images, with their numbers; no verdict."
-    def claim(text, difference, holds):
+    def claim(text, difference, told):
         return {"claim": text, "row": "recall", "method": "dlsm", "other": "base", "of_paper": True, "sign": 1, "paper": 0.0123, "difference": difference,
-                "low": -0.4321, "high": 0.2468, "holds": holds, "why": "so many"}
-    claims = [claim("ours is better", 0.1357, True), claim("scaling raises precision", 0.1, True), claim("ours is much better", -0.2711, False),
-              claim("not measured", None, None) | {"low": None, "high": None}]
+                "low": -0.4321, "high": 0.2468, "outcome": told, "why": "so many"}
+    claims = [claim("ours is better", 0.1357, "holds"), claim("scaling raises precision", 0.1, "holds"), claim("ours is much better", -0.2711, "undecided"),
+              claim("not measured", None, "not measured") | {"low": None, "high": None}]
     table = {"images_per_class": 12, "features": "pixels", "claims": claims, "methods": ["base", "scaling", "dlsm"], "comparable": [], "real_images": {"recall": 0.9753},
              "recall": [0.4141, 0.5, 0.6], "interval": {"recall": {"base": [0.4041, 0.4241], "scaling": None, "dlsm": [0.5, 0.7]}}}
     rows_ = {name: {"D_L": 1.2342 + i, "D_P": 0.7531, "cosine": 0.6161} for i, name in enumerate(("ce", "scaling", "dlsm_prime", "total"))}
@@ -231,7 +236,7 @@ def test_stand_ins_bring_their_claims(report, home):
                                                                                        "trainings": trainings}, "preset": preset})
     text, saved = report()
     found = [r for r in saved["values"]["rows"] if r["dataset"] == "digits"]
-    assert [(r["verdict"], r["why"]) for r in found if r["what"].startswith("Table 2")] == [("stand-in", "2 of 3 claims hold")]
+    assert [(r["verdict"], r["why"]) for r in found if r["what"].startswith("Table 2")] == [("stand-in", "of 3 claims 2 hold; undecided: 1")]
     taken = f"| digits, demo | stage 1: score model | 70 × 48 | 1,234 | 1 min 5 s | 2.51 | {1_234 * 2.51:,.0f} | CPU |"
     assert taken in text and saved["values"]["rates"]["CPU (measured: 3.1 TFLOP/s)"] == pytest.approx(1_234 * 2.51e9)
     total = sum(saved["values"]["operations"]["cifar10"].values())
