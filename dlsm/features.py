@@ -50,6 +50,12 @@ class Features:
         "Give the features of some images."
         return Features(self.x[index], self.y[index], self.network, self.digest, None if self.logits is None else self.logits[index], self.scorer)
 
+    def to(self,
+        device:torch.device|str, # where metrics are to be computed
+    )->"Features": # there
+        "Move what was seen to a device."
+        return Features(self.x.to(device), self.y.to(device), self.network, self.digest, None if self.logits is None else self.logits.to(device), self.scorer)
+
 # %% ../nbs/15a_features.ipynb #b9c90004
 INCEPTION = "Inception-v3 (FID)"
 

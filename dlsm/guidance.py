@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dsm import Score, _check_score
+from .float32 import full_float32
 from .schedule import check_batch, expand
 
 # %% ../nbs/02_decomposition.ipynb #c96264a7
@@ -92,9 +93,9 @@ def likelihood_score(
     """Compute the likelihood score of a classifier, the gradient of log p(y|x̃) with respect to x̃.
 
     A classifier that does not depend on its input has a zero score. Raises `ValueError` for mismatched shapes, levels that are not
-    positive and labels out of range.
+    positive and labels out of range. Without a graph it runs in full float32 (`dlsm.float32`); with one, that is for who goes backwards.
     """
-    with torch.set_grad_enabled(create_graph):
+    with torch.set_grad_enabled(create_graph), nullcontext() if create_graph or torch.compiler.is_compiling() else full_float32():
         return likelihood_score_and_logits(classifier, x_noisy, sigma, y)[0]
 
 # %% ../nbs/02_decomposition.ipynb #ea8a1399
@@ -136,7 +137,7 @@ def posterior_score(
 )->Score: # (x_noisy [B, …], sigma [B]) -> posterior score, like x_noisy
     """Give the `Score` s(x̃) + α ∇ log p(y|x̃) (Bayes' rule for scores; α ≠ 1 is the scaling remedy), without a graph.
 
-    Costs one evaluation of the score, and one forward and backward pass of the classifier. Raises as `likelihood_score` does. At the first
+    Costs one evaluation of the score, and one forward and backward pass of the classifier (in full float32). Raises as `likelihood_score` does. At the first
     call it warns of a network in train mode, of probabilities where logits are expected, and of a gradient that is 0.
     """
     looked = []
@@ -146,7 +147,8 @@ def posterior_score(
         alpha = expand(scale, x_noisy) if isinstance(scale, Tensor) else scale
         if isinstance(scale, Tensor) and scale.shape not in ((), sigma.shape):
             raise ValueError(f"scale has shape {tuple(scale.shape)}; expected one value, or one per item of x_noisy {tuple(x_noisy.shape)}")
-        with torch.no_grad(): likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, labels)
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else full_float32():
+            likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, labels)
         if not looked and not torch.compiler.is_compiling(): looked.append(_first_look(score, classifier, labels, likelihood, logits))
         return prior_score(score, x_noisy, sigma) + alpha * likelihood
     return guided

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from .checkpoints import finished_steps, load_checkpoint
 from .data import Images, batch_indices, flip, image_data, to_unit
 from .dsm import Score, dsm_loss, perturb
+from .float32 import full_float32
 from .guidance import Classifier
 from .image_presets import IMAGES, ClassifierSettings, ImagePreset, ScoreSettings
 from .kept import load_kept
@@ -149,17 +151,19 @@ def _train(
     if tuple(images.x.shape[1:]) != (preset.channels, preset.image_size, preset.image_size): raise ValueError(
         f"images have shape {tuple(images.x.shape[1:])}; preset {preset.name} of {preset.dataset} is for {(preset.channels, preset.image_size, preset.image_size)}")
     model = seeded(net, seeds[0]).to(device, memory_format=_layout(config))
-    draw, bf16 = batches(images, preset, settings, seeds[1]), preset.bf16 and fast and isinstance(settings, ScoreSettings)
+    draw, stage1 = batches(images, preset, settings, seeds[1]), isinstance(settings, ScoreSettings)
+    bf16 = preset.bf16 and fast and stage1
     if not resume and rank == 0: shutil.rmtree(folder)
     any_process(False, processes, device)  # all wait until it is removed
     done = load_checkpoint(folder, config)
     if rank == 0:
         batch = draw(0, step_generator(seeds[1], 0, device))
-        def work(net, n): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=bf16)
+        def work(net, n):
+            with nullcontext() if stage1 else full_float32(): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=bf16)
         estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss, compiled=compiled)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], settings.lr)
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
-                   micro=micro, bf16=bf16, compiled=compiled, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
+                   micro=micro, bf16=bf16, tf32=stage1, compiled=compiled, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
 
 # %% ../nbs/13b_images.ipynb #ae137cb1
 def fit_score(

@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from .dsm import Score, perturb
+from .float32 import full_float32
 from .guidance import Classifier, likelihood_score, prior_score
 from .parzen import parzen_log_density
 
@@ -136,6 +137,7 @@ def likelihood_scores(
     return torch.stack([some(y) for y in labels])
 
 
+@full_float32()
 def mismatch(
     score:Score, # the trained prior
     classifiers:dict[str, Classifier], # by name

@@ -7,16 +7,19 @@ __all__ = ['BUDGET', 'PRDC', 'Cloud', 'radii', 'nearest', 'prdc_points', 'prdc',
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60002
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .features import Features, paired
+from .float32 import full_float32
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60004
-BUDGET = 2**21  # numbers held at once by each step of the computation
+BUDGET = 2**21  # numbers held at once by each step of the computation on a CPU; 32 times as many on a GPU
+
+
+def _budget(x:Tensor)->int: return 32 * BUDGET if x.is_cuda else BUDGET
 
 
 class Cloud(NamedTuple):
@@ -38,32 +41,17 @@ def _clouds(
 
 def _cloud(points:Tensor, centre:Tensor, scale:float)->Cloud:
     x = torch.empty(len(points), points.shape[1] + 1, dtype=torch.float32, device=points.device)
-    size = max(1, BUDGET // x.shape[1])
+    size = max(1, _budget(x) // x.shape[1])
     for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre.to(part)) / scale
     cloud = Cloud(points, x, _rows(x, lambda part: part[:, :-1].double().square().sum(1)), scale)
     x[:, -1] = (_slack(cloud) - 1) / 2 * cloud.norm
     return cloud
 
 
-def _rows(x:Tensor, f:Callable[[Tensor], Tensor])->Tensor: return torch.cat([f(part) for part in x.split(max(1, BUDGET // x.shape[1]))])
+def _rows(x:Tensor, f:Callable[[Tensor], Tensor])->Tensor: return torch.cat([f(part) for part in x.split(max(1, _budget(x) // x.shape[1]))])
 
 
 def _slack(cloud:Cloud)->float: return (2 * cloud.x.shape[1] + 64) * 2**-24
-
-
-@contextmanager
-def _full_float32():
-    "Keep TF32 and bfloat16 out of float32 products: their error is not covered by the bound."
-    try: before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through the newer interface, backend by backend
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        before = [backend.fp32_precision for backend in backends]
-        def use(values): [setattr(backend, "fp32_precision", value) for backend, value in zip(backends, values)]
-        highest = ["ieee"] * len(backends)
-    else: use, highest = torch.set_float32_matmul_precision, "highest"
-    use(highest)
-    try: yield
-    finally: use(before)
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60005
 def _tiles(
@@ -72,7 +60,7 @@ def _tiles(
     rows:Tensor, # of a [n]
 )->Iterator[tuple[Tensor, Tensor, Tensor]]: # some of the rows [r], (1 − c)‖a‖² [r], t [r, M]
     "Go through bounds of squared distances: ‖a − b‖² is at least (1 − c)‖a‖² − t, and less than 2c(‖a‖² + ‖b‖²) above that."
-    c, size = _slack(a), max(1, BUDGET // len(b.x))
+    c, size = _slack(a), max(1, _budget(b.x) // len(b.x))
     for part in rows.split(size):
         x = 2 * a.x[part]
         x[:, -1] = 2
@@ -86,7 +74,7 @@ def _squared(
     j:Tensor, # rows of b [P]
 )->Tensor: # ‖a_i − b_j‖² [P], float64
     "Compute squared distances of pairs, term by term."
-    size = max(1, BUDGET // (8 * a.shape[1]))  # few enough for the cache
+    size = max(1, _budget(a) // (8 * a.shape[1]))  # few enough for the cache
     parts = [(a[m].double() - b[n].double()).square().sum(1) for m, n in zip(i.split(size), j.split(size))]
     return torch.cat(parts) if parts else a.new_zeros(0, dtype=torch.float64)
 
@@ -107,7 +95,7 @@ def _largest(
     return value, at.gather(1, index)
 
 
-@_full_float32()
+@full_float32(convolutions=False)  # the error of TF32 is not covered by the bound
 def _kth(
     a:Cloud, # N points
     b:Cloud, # M points
@@ -183,7 +171,7 @@ def _candidates(
 PRDC = ("precision", "recall", "density", "coverage")
 
 
-@_full_float32()
+@full_float32(convolutions=False)  # the error of TF32 is not covered by the bound
 def prdc_points(
     real:Tensor|Features, # real points or features [N, D]
     fake:Tensor|Features, # generated points or features [M, D]

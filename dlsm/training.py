@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import differences, finished_steps, load_checkpoint, save_checkpoint
+from .float32 import full_float32
 from .monitor import RunLog, peak_memory
 from .parallel import add_up, any_process, dropout_seed, gradients, team
 
@@ -111,6 +113,7 @@ def fit(
     clip:float|None=None, # largest norm of the gradient
     micro:int|None=None, # images at a time (gradient accumulation); None: all
     bf16:bool=False, # mixed precision
+    tf32:bool=True, # convolutions may use it on a GPU, as PyTorch lets them; False: full float32 (`dlsm.float32`), for losses with gradients in them
     compiled:bool=False, # compile the loss
     log_every:int|None=None, # steps between two lines of the log; None: no log (and none without `draw`)
     minutes:float|None=None, # stop, with a checkpoint, at the first line of the log after that; None: never
@@ -153,7 +156,8 @@ def fit(
         for group, peak in zip(optimizer.param_groups, peaks): group["lr"] = peak * lr_factor(state.step, steps, warmup, decay)
         optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)  # of what the optimiser does not hold
-        images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
+        with nullcontext() if tf32 else full_float32():
+            images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
         if clip: state.norm = nn.utils.clip_grad_norm_(held, clip)
         optimizer.step()
         state.step += 1
