@@ -150,10 +150,10 @@ def curves(
     x, y = (t.to(device) for t in moons(preset.n_points))
     grid = plane_grid().to(device)
     exact, level = oracle_scores(preset, grid, preset.sigma_eval)["likelihood"], torch.full((len(grid),), preset.sigma_eval, device=device)
-    generator = torch.Generator(device).manual_seed(2**31)
-    index = torch.randint(len(x), (4000,), generator=generator, device=device)
-    sigma = _schedule(preset).draw(4000, generator, stratified=True)
-    x_noisy = perturb(x[index], sigma, torch.randn(4000, 2, generator=generator, device=device))
+    generator = torch.Generator().manual_seed(2**31)  # every device measures at the same points
+    index = torch.randint(len(x), (4000,), generator=generator).to(device)
+    sigma = _schedule(preset).draw(4000, generator, stratified=True).to(device)
+    x_noisy = perturb(x[index], sigma, torch.randn(4000, 2, generator=generator).to(device))
 
     def measure(ensembles):
         with torch.no_grad():

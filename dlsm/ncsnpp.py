@@ -29,7 +29,7 @@ class FourierFeatures(nn.Module):
         exact = torch.promote_types(torch.promote_types(sigma.dtype, self.W.dtype), torch.float32)  # half precision has no digits left after 2π·16·log σ
         angle = 2*math.pi*sigma.to(exact).log()[:, None]*self.W.to(exact)
         features = torch.cat([angle.sin(), angle.cos()], dim=1)
-        return features.to(self.W.dtype) if self.W.dtype in (torch.float16, torch.bfloat16) else features
+        return features.to(self.W.dtype)
 
 # %% ../nbs/12a_ncsnpp.ipynb #18def098
 def _fir(gain:float=1.) -> Tensor:
@@ -232,4 +232,4 @@ class NCSNpp(nn.Module):
         fourier, dense_0, dense_1, *modules = self.all_modules
         emb = dense_1(F.silu(dense_0(fourier(sigma))))
         h = _unet_forward(modules, self.num_res_blocks, self.attends, x if self.raw else 2*x - 1, emb)
-        return h if self.raw else h/sigma[:, None, None, None]
+        return h if self.raw else (h/sigma[:, None, None, None]).to(torch.promote_types(h.dtype, x.dtype))

@@ -16,6 +16,7 @@ from torch.func import functional_call, stack_module_state
 from .ncsnpp import NCSNpp  # noqa: F401 (given from here too)
 from .precond import EDMPrecond, PrecondClassifier  # noqa: F401
 from .resnet import SigmaResNet  # noqa: F401
+from .schedule import in_dtype_of
 
 _all_ = ["NCSNpp", "SigmaResNet", "EDMPrecond", "PrecondClassifier"]
 
@@ -51,6 +52,7 @@ class MLP(nn.Module):
         self.out = nn.Sequential(activation(), nn.Linear(n, joint), activation(), nn.Linear(joint, n_out)) if joint else nn.Linear(n, n_out)
 
     def forward(self, x, sigma):
+        sigma = in_dtype_of(sigma, x)
         s = (sigma.log() / 4 if self.log_sigma else sigma)[:, None]
         return self.out(torch.cat([self.x_branch(x / self.scale), self.sigma_branch(s)], -1))
 

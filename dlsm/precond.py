@@ -9,7 +9,7 @@ __all__ = ['edm_coefficients', 'EDMPrecond', 'PrecondClassifier']
 import torch
 from torch import Tensor, nn
 
-from .schedule import check_batch, expand
+from .schedule import check_batch, expand, in_dtype_of
 
 # %% ../nbs/12c_precond.ipynb #955dd21f
 def edm_coefficients(
@@ -38,6 +38,7 @@ class EDMPrecond(nn.Module):
     ) -> Tensor: # score, like x_noisy
         "Return the score, (D − x_noisy)/σ²."
         check_batch(x_noisy, sigma)
+        sigma = in_dtype_of(sigma, x_noisy)
         s, u = expand(sigma, x_noisy), x_noisy - self.mean
         _, c_out, c_in = edm_coefficients(s, self.sigma_data)
         return self.net(c_in*u, sigma**0.25).to(u.dtype)*(c_out/s**2) - u*c_in**2
@@ -47,7 +48,7 @@ class EDMPrecond(nn.Module):
         sigma:Tensor,   # noise levels [B]
     ) -> Tensor: # estimate of the clean ones, like x_noisy
         "Return D, the expected clean image given the noisy one."
-        return x_noisy + expand(sigma, x_noisy)**2*self(x_noisy, sigma)
+        return x_noisy + expand(in_dtype_of(sigma, x_noisy), x_noisy)**2*self(x_noisy, sigma)
 
 # %% ../nbs/12c_precond.ipynb #bea1506f
 class PrecondClassifier(nn.Module):
@@ -67,5 +68,6 @@ class PrecondClassifier(nn.Module):
     ) -> Tensor: # logits [B, K]
         "Return the logits of p_σ(y|x_noisy)."
         check_batch(x_noisy, sigma)
+        sigma = in_dtype_of(sigma, x_noisy)
         *_, c_in = edm_coefficients(expand(sigma, x_noisy), self.sigma_data)
         return self.net(c_in*(x_noisy - self.mean), sigma**0.25)

@@ -8,6 +8,7 @@ from torch import nn
 from dlsm.dsm import dsm_loss
 from dlsm.guidance import likelihood_score
 from dlsm.ncsnpp import NCSNpp, Resample
+from dlsm.networks import MLPClassifier, MLPScore
 from dlsm.precond import EDMPrecond, PrecondClassifier, edm_coefficients
 from dlsm.resnet import BatchNorm, SigmaResNet
 from dlsm.schedule import expand
@@ -276,3 +277,18 @@ def test_compiled_nets_give_the_same_on_a_gpu():
     net = SigmaResNet(18, 10, width=16).cuda()
     loss = lambda x: likelihood_score(net, x, sigma, y, create_graph=True).square().sum()
     torch.testing.assert_close(torch.compile(loss)(x), loss(x), rtol=1e-2, atol=1e-3)
+
+
+# ---- levels of another number type
+
+@pytest.mark.parametrize("build, shape", [
+    (MLPScore, (2,)), (MLPClassifier, (2,)), (lambda: SigmaResNet(18, 10, width=8), (3, 8, 8)),
+    (lambda: NCSNpp(nf=8, ch_mult=(1, 2), num_res_blocks=1, image_size=8), (3, 8, 8)),
+    (lambda: EDMPrecond(MLPScore(), 0.5, 0.), (2,)), (lambda: PrecondClassifier(SigmaResNet(18, 10, width=8), 0.5, 0.5), (3, 8, 8))])
+def test_levels_in_float64_and_whole_numbers_meet_float32(build, shape):
+    "numpy and torch.linspace(…, dtype=torch.float64) give such levels; the answer is that of float32, in float32."
+    torch.manual_seed(0)
+    net, x = build().eval(), torch.randn(3, *shape)
+    for sigma in (torch.tensor([0.25, 1., 3.], dtype=torch.float64), torch.tensor([1, 2, 3])):
+        with torch.no_grad(): found, expected = net(x, sigma), net(x, sigma.float())
+        assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
