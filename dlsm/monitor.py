@@ -138,6 +138,7 @@ def estimate(
                           f"use micro-batches of fewer than {at_once} images (micro=…), another device or a smaller preset")
     with torch.random.fork_rng([weight.device] if weight.device.type == "cuda" else []):  # how often it measures depends on the machine
         seconds = _seconds(model, work, at_once, weight.device) * math.ceil(share / at_once) if steps else 0.
+    if weight.device.type == "cuda": torch.cuda.reset_peak_memory_stats(weight.device)  # the log is about the training
     found = {"parameters": n, "seconds": steps * seconds, "images_per_s": batch / seconds if seconds else None, "bytes": need}
     print(f"{title}: {n:,} parameters, {n_images:,} images, {steps:,} steps of {batch}" + (f" on {processes} processes" if processes > 1 else ""))
     if steps: print(f"  about {_clock(found['seconds'])} on {weight.device} ({1000 * seconds:.0f} ms a step, {found['images_per_s']:,.0f} images/s),"

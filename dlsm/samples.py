@@ -255,7 +255,9 @@ def load_networks(
     score = official.load_score(score_checkpoint, image.dataset) if score_checkpoint else load_score(image, seed)
     given = {"ce": base_checkpoint, "total": classifier_checkpoint}
     nets = {loss: official.load_classifier(path, image.dataset) if path else load_classifier(image, loss, score, seed) for loss, path in given.items()}
-    for net in (score, *nets.values()): net.to(device).eval().requires_grad_(False)
+    for net, path in ((score, score_checkpoint), *((nets[loss], path) for loss, path in given.items())):
+        net.to(device).eval().requires_grad_(False)
+        if path: net.to(memory_format=torch.channels_last)  # as `load_score` has put ours
     return score, {method: nets[loss] for method, loss in LOSS_OF.items()}
 
 

@@ -7,6 +7,7 @@ __all__ = ['expand', 'in_dtype_of', 'check_floating', 'check_batch', 'VESchedule
 
 # %% ../nbs/11_schedule.ipynb #c75e7dcb
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,12 @@ def in_dtype_of(
 
 # %% ../nbs/11_schedule.ipynb #f74e4dec
 def _any(
-    bad:Tensor, # boolean tensor
-)->bool: # whether one is true, as far as that can be seen for free
-    "Look at `bad`'s values where that costs no synchronisation; elsewhere say no."
-    if bad.device.type != "cpu" or torch.compiler.is_compiling(): return False
-    try: return bool(bad.any())
+    values:Tensor, # numbers
+    bad:Callable[[Tensor], Tensor], # which of them are, as booleans
+)->bool: # whether one is, as far as that can be seen for free
+    "Look at values where that costs no synchronisation; elsewhere say no."
+    if values.device.type != "cpu" or torch.compiler.is_compiling(): return False
+    try: return bool(bad(values).any())
     except RuntimeError: return False  # batched by torch.vmap: its values cannot be looked at
 
 
@@ -60,12 +62,12 @@ def check_batch(
     check_floating(x, name)
     if sigma.shape != x.shape[:1]:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected one level per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")
-    if _any(~(sigma > 0)): raise ValueError(f"sigma {tuple(sigma.shape)} has values that are not positive; a noise level must be > 0")
+    if _any(sigma, lambda s: ~(s > 0)): raise ValueError(f"sigma {tuple(sigma.shape)} has values that are not positive; a noise level must be > 0")
     if y is None: return
     if y.shape != x.shape[:1]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one label per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")
     if y.is_floating_point() or y.dtype == torch.bool: raise ValueError(f"y {tuple(y.shape)} has dtype {y.dtype}; expected integer labels")
-    if n_classes is not None and _any((y < 0) | (y >= n_classes)):
+    if n_classes is not None and _any(y, lambda y: (y < 0) | (y >= n_classes)):
         raise ValueError(f"y {tuple(y.shape)} has labels outside 0…{n_classes - 1}")
 
 # %% ../nbs/11_schedule.ipynb #33e4e0e9

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .checkpoints import differences, finished_steps, load_checkpoint, save_checkpoint
 from .float32 import full_float32
 from .monitor import RunLog, peak_memory
-from .parallel import add_up, any_process, dropout_seed, gradients, team
+from .parallel import add_up, any_process, check_same, dropout_seed, gradients, team
 
 # %% ../nbs/13_training.ipynb #e93ff5dc
 def step_generator(
@@ -136,6 +136,7 @@ def fit(
     if saved and (differs := differences(saved["state"].get("settings", settings), settings)):
         raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     if saved: _load(state, optimizer, saved)
+    check_same(state.step, f"checkpoints in {folder}, of the steps", rank, processes, device)
     saved = bool(saved)  # its tensors would stay in memory
     if folder and state.step < steps and rank == 0: _check_folder(Path(folder))
     if saved and state.step >= steps and not config:
@@ -146,7 +147,7 @@ def fit(
     log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
     tensors = [(list(net.parameters()), list(net.buffers())) for net in (state.ema, state.model)]  # looked up once: deep networks have hundreds
-    recent, since = [], time.monotonic()
+    recent, since, untimed, warm = [], time.monotonic(), 0, False
     if state.step >= steps:
         model.eval()
         yield state
@@ -157,11 +158,13 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)  # of what the optimiser does not hold
         with nullcontext() if tf32 else full_float32():
-            images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16))
+            images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16), held)
         if clip: state.norm = nn.utils.clip_grad_norm_(held, clip)
         optimizer.step()
         state.step += 1
         recent.append(torch.stack([state.loss, state.norm]) if clip else state.loss[None])
+        if compiled and not warm: since, untimed = time.monotonic(), len(recent)  # compiling is not training
+        warm = True
         if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
         if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
@@ -169,13 +172,13 @@ def fit(
         if measured and evaluate: _measure(evaluate, state)
         if state.step == steps: model.eval()
         if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
-                                     images_per_s=images * len(recent) / (time.monotonic() - since), memory_gb=peak_memory(device) / 1e9)
+                                     images_per_s=images * (len(recent) - untimed) / max(time.monotonic() - since, 1e-9), memory_gb=peak_memory(device) / 1e9)
         stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
         try: yield state
         finally:  # also if the loop is left here
             if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {}, settings)
         if stop: return
-        if logged or not log_every and (measured or kept): recent, since = [], time.monotonic()
+        if logged or not log_every and (measured or kept): recent, since, untimed = [], time.monotonic(), 0
 
 # %% ../nbs/13_training.ipynb #ff151436
 def _check_arguments(
@@ -215,6 +218,7 @@ def _backward(
     draw:Callable|None, # as in `fit`
     generator:torch.Generator, # of this step
     share:tuple, # number of this process, of all, images at a time, mixed precision
+    held:list[Tensor], # what the optimiser changes
 )->int: # images of the whole batch, where it is drawn outside the loss
     "Compute the gradients of one step."
     if not draw:
@@ -225,7 +229,7 @@ def _backward(
         return 0
     batch = draw(state.step, generator)
     with dropout_seed(generator.initial_seed(), share[0], generator.device): state.loss = gradients(state.model, loss, batch, *share)
-    if share[1] > 1: add_up([state.loss, *(p.grad for p in state.model.parameters() if p.grad is not None)])
+    if share[1] > 1: add_up([state.loss, *(p.grad for p in dict.fromkeys([*state.model.parameters(), *held]) if p.grad is not None)])
     return len(next(iter(batch.values())))
 
 

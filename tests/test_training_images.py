@@ -129,6 +129,44 @@ def test_two_processes_train_like_one(tmp_path, digits, monkeypatch):
     for a, b in zip(one, two): assert abs(a["loss"] - b["loss"]) < 1e-5*a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4*a["grad_norm"]
 
 
+def of_two(rank, port, folder, told):
+    "Train a layer, and a temperature beside it, as one of two processes; keep what came out."
+    if port: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, temperature = torch.nn.Linear(3, 1), torch.ones(1, requires_grad=True)
+    def loss(model, x): return ((model(x)[:, 0] * temperature - x.sum(1))**2)
+    def draw(step, generator): return {"x": torch.randn(8, 3, generator=generator)}
+    try:
+        finish(fit(model, loss, 4, torch.optim.SGD([*model.parameters(), temperature], 0.05), 0, folder, draw=draw))
+        told.write_text(f"{temperature.item():.6f} {model.weight.sum().item():.6f}")
+    except ValueError as e: told.write_text(str(e))
+
+
+def two(root, folders):
+    "What two processes say that work on these folders."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pair = [START.Process(target=of_two, args=(i, port, folder, root/f"told{i}")) for i, folder in enumerate(folders)]
+    for process in pair: process.start()
+    for process in pair: process.join()
+    return [(root/f"told{i}").read_text() for i in range(2)]
+
+
+def test_what_is_trained_beside_the_model_is_shared_too(tmp_path):
+    of_two(0, None, tmp_path/"one", tmp_path/"told")
+    alone, *together = [[float(v) for v in text.split()] for text in ((tmp_path/"told").read_text(), *two(tmp_path, [tmp_path/"two"] * 2))]
+    assert together[0] == together[1] == pytest.approx(alone, abs=2e-6) and abs(alone[0] - 1) > 0.01
+
+
+def test_processes_that_see_different_folders_are_told(tmp_path):
+    "One finds a finished training, the other none: neither begins."
+    of_two(0, None, tmp_path/"here", tmp_path/"told")
+    for said in two(tmp_path, [tmp_path/"here", tmp_path/"there"]):
+        assert said.startswith("processes found different checkpoints in ") and said.endswith("of the steps: 4, 0; all must see the same folder")
+
+
 def test_minutes_stop_with_a_checkpoint_and_the_log_goes_on(runs, digits):
     preset = changed(TINY, "score", steps=9)
     stopped = [state.step for state in fit_score(preset, digits, minutes=1e-9)]
