@@ -25,7 +25,9 @@ STORY = {
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
-    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations"], ["report"]),
+    "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
+    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations", "08a_networks"],
+                         ["report"]),
     "index":            (ALL, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
@@ -38,7 +40,7 @@ if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.start
 CIFAR = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
 TRAINED = {"paper": (720, 32_000, 1)}  # the moons, where the paper trains on them
 USUAL = (60, 16_000, 0)
-RESERVED = {"cifar10": CIFAR, "cifar100": CIFAR, "04_moons": TRAINED, "08_ablations": TRAINED}
+RESERVED = {"cifar10": CIFAR, "cifar100": CIFAR, "04_moons": TRAINED, "08_ablations": TRAINED, "08a_networks": TRAINED}
 
 # On a small machine little of `demo` gains from a second thread: its data sets run side by side, each on its share of the cores.
 SHARES = len(DATASETS) if PRESET == "demo" else 1

@@ -131,7 +131,8 @@ def test_two_processes_train_like_one(tmp_path, digits, monkeypatch):
 
 def of_two(rank, port, folder, told):
     "Train a layer, and a temperature beside it, as one of two processes; keep what came out."
-    if port: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true")
+    if port: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                               ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, temperature = torch.nn.Linear(3, 1), torch.ones(1, requires_grad=True)
