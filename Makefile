@@ -2,6 +2,7 @@
 # Only make and Python 3.11 or newer are needed: the first call installs requirements.lock into .venv.
 PRESET = demo
 DATASET = moons,digits
+TRAININGS =
 CORES = all
 PROFILE =
 PYTHON =
@@ -16,8 +17,8 @@ export MALLOC_TRIM_THRESHOLD_ = 4294967296
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons,digits CORES=all PROFILE=)
-	@$(python) -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --config preset=$(PRESET) dataset=$(DATASET) \
+reproduce: .venv/.ready ## run the notebooks that are not up to date and write figures/ (PRESET=demo DATASET=moons,digits TRAININGS= CORES=all PROFILE=)
+	@$(python) -m snakemake $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES)) --config preset=$(PRESET) dataset=$(DATASET) $(if $(TRAININGS),trainings=$(TRAININGS)) \
 	  --rerun-triggers mtime --rerun-incomplete --nolock --keep-going --quiet rules
 
 test: .venv/.ready ## check everything: exported code, notebooks, tests, every notebook once, the package

@@ -3,6 +3,7 @@
     make reproduce                                  # the same as
     snakemake --cores all --config preset=demo      # presets: smoke, demo, paper; for CIFAR without a GPU also cpu
     snakemake --cores all moons_04_moons            # one notebook, after those that it needs
+    snakemake --cores all --config trainings=5      # images trained five times, too (07a); smoke has three
     snakemake --profile profiles/slurm              # as jobs of a cluster
 
 The executed notebooks land in runs/<preset>/notebooks/. A notebook runs again when it, a module that it imports, or a notebook
@@ -24,14 +25,17 @@ STORY = {
     "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
+    "07a_trainings":    (IMAGES, ["06_sampling"], ["{dataset}/trainings"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
-    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "08_ablations", "08a_networks"],
-                         ["report"]),
+    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "07a_trainings", "08_ablations",
+                               "08a_networks"], ["report"]),
     "index":            (ALL, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
 PRESET = config.get("preset", "demo")
+TRAININGS = int(config.get("trainings", 3 if PRESET == "smoke" else 1))
+if TRAININGS == 1: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
 DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
@@ -117,7 +121,7 @@ for story, data in TARGETS:
         params:
             python = sys.executable,
             unfinished = executed(story, data).replace(".ipynb", ".unfinished.ipynb"),  # stays for a look if a cell fails
-            given = " ".join(f"-p {key} {value}" for key, value in {"preset": PRESET, "dataset": data}.items() if takes(story, key)),
+            given = " ".join(f"-p {key} {value}" for key, value in {"preset": PRESET, "dataset": data, "trainings": TRAININGS}.items() if takes(story, key)),
         shell:
             "OMP_NUM_THREADS={threads} {params.python:q} -m papermill {input.notebook} {params.unfinished} {params.given}"
             " -k python3 --no-progress-bar --log-level WARNING && mv {params.unfinished} {output.notebook}"

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,13 @@ def compare_folders(
     committed:str|Path, # figures/ as committed
     datasets:list[str]|None=None, # moons, digits, …; None: all
     preset:str|None=None, # only results of this preset, or of none; None: all
+    without:Sequence[str]=(), # results that are left out
 )->dict[str, list[Row]]: # for each result, dataset/id, its values
     "Compare folders of results. Raises `FileNotFoundError` if there is nothing to compare with."
     found = {}
     for path in sorted(Path(committed).glob("*/**/*.json")):
         name, result = path.relative_to(committed), json.loads(path.read_text(encoding="utf-8"))
-        if datasets and name.parts[0] not in datasets or preset and (result["preset"] or {"name": preset})["name"] != preset: continue
+        if name.stem in without or datasets and name.parts[0] not in datasets or preset and (result["preset"] or {"name": preset})["name"] != preset: continue
         other = Path(ours) / name
         values = json.loads(other.read_text(encoding="utf-8"))["values"] if other.exists() else None
         found[name.with_suffix("").as_posix()] = compare_values(name.with_suffix("").as_posix(), values, result["values"])
