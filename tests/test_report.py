@@ -234,7 +234,11 @@ def test_stand_ins_bring_their_claims(report, home):
     put(home, table1(), on_digits | {"id": "table2", "title": "Table 2: digits, reduced", "values": table},
         on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [0.5, 1.25],
                                                                                        "trainings": trainings}, "preset": preset})
+    again = {"claim": "ours is better", "differences": [0.1, 0.2], "value": 0.1571, "low": -0.4, "high": 0.7142, "outcome": "undecided"}
+    put(home, on_digits | {"id": "trainings", "title": "over trainings", "values": {"n_trainings": 2, "features": "pixels", "claims": [again]}})
     text, saved = report()
+    row_ = next(line for line in text.splitlines() if line.startswith("| ours is better | + |"))
+    assert row_.endswith("| 0.136 (-0.432 … 0.247) | holds | **undecided**, 0.157 (-0.400 … 0.714) |") and "| over 2 trainings |" in text
     found = [r for r in saved["values"]["rows"] if r["dataset"] == "digits"]
     assert [(r["verdict"], r["why"]) for r in found if r["what"].startswith("Table 2")] == [("stand-in", "of 3 claims 2 hold; undecided: 1")]
     taken = f"| digits, demo | stage 1: score model | 70 × 48 | 1,234 | 1 min 5 s | 2.51 | {1_234 * 2.51:,.0f} | CPU |"
