@@ -453,6 +453,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.verdicts.duration': ('verdicts.html#duration', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.exists': ('verdicts.html#exists', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.markdown_table': ('verdicts.html#markdown_table', 'dlsm/verdicts.py'),
+                               'dlsm.verdicts.mean_sd': ('verdicts.html#mean_sd', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.number': ('verdicts.html#number', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.preset_of': ('verdicts.html#preset_of', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.read_results': ('verdicts.html#read_results', 'dlsm/verdicts.py'),
