@@ -21,11 +21,11 @@ STORY = {
     "01_dsm":           (MOONS, [], []),
     "02_decomposition": (MOONS, [], []),
     "03_dlsm":          (MOONS, [], ["moons/fig2"]),
-    "04_moons":         (MOONS, [], ["moons/fig1", "moons/table1"]),
+    "04_moons":         (MOONS, [], ["moons/levels", "moons/fig1", "moons/table1"]),
     "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
-    "07a_trainings":    (IMAGES, ["06_sampling"], ["{dataset}/trainings"]),
+    "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
     "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "07a_trainings", "08_ablations",
@@ -35,7 +35,7 @@ STORY = {
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
 PRESET = config.get("preset", "demo")
 TRAININGS = int(config.get("trainings", 3 if PRESET == "smoke" else 1))
-if TRAININGS == 1: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
+if TRAININGS < 2: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
 DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
@@ -105,6 +105,7 @@ rule all:
 for story, data in TARGETS:
     figures = "runs/smoke/figures" if PRESET == "smoke" and takes(story, "preset") else "figures"
     minutes, memory, gpus = RESERVED.get(data, RESERVED.get(story, {})).get(PRESET, USUAL)
+    if story == "07a_trainings": minutes *= TRAININGS
 
     rule:
         name: f"{data}_{story}"

@@ -7,7 +7,7 @@ __all__ = ['full_float32']
 
 # %% ../nbs/11a_float32.ipynb #f32a0003
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,13 +20,23 @@ def full_float32(
 
     For what runs in the block, not for what is only defined there: a backward pass afterwards is outside. Costs nothing where there is no such format.
     """
-    layers = [torch.backends.cudnn.conv, torch.backends.mkldnn.conv] if convolutions else []
-    try: before = torch.get_float32_matmul_precision()
-    except RuntimeError: layers += [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # set through the newer interface, backend by backend
-    else: torch.set_float32_matmul_precision("highest")
-    kept = [layer.fp32_precision for layer in layers]
-    for layer in layers: layer.fp32_precision = "ieee"
-    try: yield
-    finally:
-        for layer, value in zip(layers, kept): layer.fp32_precision = value
-        if len(layers) <= 2: torch.set_float32_matmul_precision(before)
+    matmul, conv = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
+    with ExitStack() as after:
+        def change(layers):
+            for layer in layers:
+                after.callback(setattr, layer, "fp32_precision", layer.fp32_precision)
+                layer.fp32_precision = "ieee"
+        try: before = torch.get_float32_matmul_precision()
+        except RuntimeError: change(matmul)  # set through the newer interface, layer by layer
+        else:
+            if before != "highest":
+                for layer in matmul: after.callback(setattr, layer, "fp32_precision", layer.fp32_precision)
+                after.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("highest")
+        try: before = torch.backends.cudnn.allow_tf32
+        except RuntimeError: change(conv if convolutions else ())
+        else:
+            if convolutions and before:  # the older interface: with the newer one `torch.backends.cudnn.flags` would stop inside the block
+                after.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
+                torch.backends.cudnn.allow_tf32 = False
+        yield

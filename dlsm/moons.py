@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'PARTS', 'LOSSES', 'SPREAD', 'ALPHA', 'score_net', 'fit_scores', 'oracle_scores', 'likelihood_scores',
-           'distance', 'curves', 'fit_classifiers', 'fit_parts', 'fit_sweep', 'timed', 'sample_moons', 'methods',
-           'oracle_method', 'errors']
+           'distance', 'noisy_points', 'curves', 'by_level', 'fit_classifiers', 'fit_parts', 'fit_sweep', 'timed',
+           'sample_moons', 'methods', 'oracle_method', 'errors']
 
 # %% ../nbs/19_moons.ipynb #252f8e5b
 import dataclasses
@@ -32,7 +32,7 @@ from .training import State, fit
 
 # %% ../nbs/19_moons.ipynb #22a743d0
 FORMS = {"paper": {}, "joint": {"widths": (128, 64), "joint": 64, "scale": 15., "log_sigma": True, "activation": nn.SiLU}}  # of `MLPClassifier`
-PARTS = {"meet": {"joint": 64}, "inputs": {"scale": 15., "log_sigma": True}, "smooth": {"activation": nn.SiLU}}  # of the joint form, its smaller branch aside
+PARTS = {"layer": {"joint": 64}, "inputs": {"scale": 15., "log_sigma": True}, "smooth": {"activation": nn.SiLU}}  # of the joint form, its smaller branch aside
 LOSSES = ("ce", "dlsm_prime", "total")  # the three of Fig. 5
 SPREAD = 14.  # standard deviation of a coordinate of the data, both axes together
 
@@ -145,25 +145,58 @@ def _copies(
 def _expand(t:Tensor, times:int)->Tensor: return t.repeat(times, *[1] * (t.ndim - 1))
 
 
+def noisy_points(
+    preset:MoonsPreset, # the data set and the range of σ
+    device:torch.device|str, # where they are needed
+    n:int=4000, # how many
+)->tuple[Tensor, Tensor, Tensor]: # points [n, 2], levels [n], classes [n]
+    "Draw points of the training distribution to measure a cross-entropy at, the same on every device."
+    x, y = (t.to(device) for t in moons(preset.n_points))
+    generator = torch.Generator().manual_seed(2**31)
+    index = torch.randint(len(x), (n,), generator=generator).to(device)
+    sigma = _schedule(preset).draw(n, generator, stratified=True).to(device)
+    return perturb(x[index], sigma, torch.randn(n, 2, generator=generator).to(device)), sigma, y[index]
+
+
 def curves(
     preset:MoonsPreset, # settings
     device:torch.device|str, # where to measure
 )->Callable[[Sequence[Ensemble]], dict[str, list]]: # ensembles -> {"d_l": [members], "ce": [members]}
     "Build the measurement of Fig. 5: D_L at σ_eval on the grid, and the cross-entropy over the training distribution of σ."
-    x, y = (t.to(device) for t in moons(preset.n_points))
     grid = plane_grid().to(device)
     exact, level = oracle_scores(preset, grid, preset.sigma_eval)["likelihood"], torch.full((len(grid),), preset.sigma_eval, device=device)
-    generator = torch.Generator().manual_seed(2**31)  # every device measures at the same points
-    index = torch.randint(len(x), (4000,), generator=generator).to(device)
-    sigma = _schedule(preset).draw(4000, generator, stratified=True).to(device)
-    x_noisy = perturb(x[index], sigma, torch.randn(4000, 2, generator=generator).to(device))
+    x_noisy, sigma, y = noisy_points(preset, device)
 
     def measure(ensembles):
         with torch.no_grad():
             d_l = map_members(lambda net: distance(likelihood_scores(net, grid, level), exact).mean(), ensembles)
-            ce = map_members(lambda net: ce_loss(net, x_noisy, sigma, y[index]).mean(), ensembles)
+            ce = map_members(lambda net: ce_loss(net, x_noisy, sigma, y).mean(), ensembles)
         return {"d_l": d_l.tolist(), "ce": ce.tolist()}
     return measure
+
+
+def by_level(
+    preset:MoonsPreset, # the data set
+    levels:Sequence[float], # noise levels
+    nets:dict[str, Classifier], # by name
+    device:torch.device|str, # where to measure
+    n:int=2000, # points of each level
+)->dict[str, list]: # relative: D_L / zero score by name, length: of the gradient / of the exact one by name, zero: D_L of the zero score; each [levels]
+    "Measure gradients of classifiers at several noise levels, at points of p_σ, the same for all."
+    x, generator = moons(preset.n_points)[0].to(device), torch.Generator().manual_seed(2**31 + 1)
+    index, noise = torch.randint(len(x), (n,), generator=generator).to(device), torch.randn(n, 2, generator=generator).to(device)
+    found = {"relative": {name: [] for name in nets}, "length": {name: [] for name in nets}, "zero": []}
+    for level in levels:
+        sigma = torch.full((n,), level, device=device)
+        points = perturb(x[index], sigma, noise)
+        exact = oracle_scores(preset, points, level)["likelihood"]
+        zero = exact.norm(dim=-1).mean()
+        found["zero"].append(zero.item())
+        for name, net in nets.items():
+            gradient = likelihood_scores(net, points, sigma).double()
+            found["relative"][name].append((distance(gradient, exact).mean() / zero).item())
+            found["length"][name].append((gradient.norm(dim=-1).mean() / zero).item())
+    return found
 
 # %% ../nbs/19_moons.ipynb #59df4ac3
 def _trainings(

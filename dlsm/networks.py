@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
     def forward(self, x, sigma):
         sigma = in_dtype_of(sigma, x)
-        s = (sigma.log() / 4 if self.log_sigma else sigma)[:, None]
+        s = (sigma.log() / 4 if self.log_sigma else sigma)[:, None].to(x.dtype)
         return self.out(torch.cat([self.x_branch(x / self.scale), self.sigma_branch(s)], -1))
 
 # %% ../nbs/12_networks.ipynb #cfcf91ca

@@ -41,7 +41,7 @@ class EDMPrecond(nn.Module):
         sigma = in_dtype_of(sigma, x_noisy)
         s, u = expand(sigma, x_noisy), x_noisy - self.mean
         _, c_out, c_in = edm_coefficients(s, self.sigma_data)
-        return self.net(c_in*u, sigma**0.25).to(u.dtype)*(c_out/s**2) - u*c_in**2
+        return self.net((c_in*u).to(u.dtype), (sigma**0.25).to(u.dtype)).to(u.dtype)*(c_out/s**2) - u*c_in**2
 
     def denoise(self,
         x_noisy:Tensor, # noisy points or images [B, …]
@@ -70,4 +70,4 @@ class PrecondClassifier(nn.Module):
         check_batch(x_noisy, sigma)
         sigma = in_dtype_of(sigma, x_noisy)
         *_, c_in = edm_coefficients(expand(sigma, x_noisy), self.sigma_data)
-        return self.net(c_in*(x_noisy - self.mean), sigma**0.25)
+        return self.net((c_in*(x_noisy - self.mean)).to(x_noisy.dtype), (sigma**0.25).to(x_noisy.dtype))

@@ -74,7 +74,7 @@ class Claim:
         size = value(ours)
         bounds = [f"≥ {self.low:g}"] * math.isfinite(self.low) + [f"≤ {self.high:g}"] * math.isfinite(self.high)
         sizes = [s for s in map(value, trainings) if s is not None]
-        low, high = mean_interval(size, sizes) if size is not None and len(sizes) > 1 else (None, None)
+        low, high = mean_interval(np.mean(sizes), sizes) if size is not None and len(sizes) > 1 else (None, None)
         return {"claim": self.text, "measure": self.measure, "paper": value(printed), "ours": size, "low": low, "high": high,
                 "rule": " and ".join(bounds) or "shown", "judged": self.judged,
                 "outcome": self.outcome(*((size, size) if low is None else (low, high))) if size is not None and bounds else "not measured"}

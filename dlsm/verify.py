@@ -148,7 +148,8 @@ def main(
     try:
         if not given.folders: return 0 if verify(given.preset or "demo", datasets, given.cores) else 1
         ours, committed = map(Path, given.folders)
-        found = compare_folders(ours, committed, datasets or [path.name for path in ours.iterdir() if path.is_dir()], given.preset)
+        unasked = [name for name in UNASKED if not any(ours.glob(f"*/{name}.json"))]
+        found = compare_folders(ours, committed, datasets or [path.name for path in ours.iterdir() if path.is_dir()], given.preset, unasked)
         record = record_of(found, ours, committed)
         copies = [name for name in found if name not in record["results"]]
         print(f"{table_of(found)}\n{control_line(control(found))}" + (f"\ncopies, from no other run: {', '.join(copies)}" if copies else ""))

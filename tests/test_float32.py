@@ -11,71 +11,107 @@ from dlsm.training import fit
 CONV = torch.backends.cudnn.conv
 
 
+SEEN = []  # whether convolutions may use TF32, in each forward and backward pass
+
+
+def may_round(): return CONV.fp32_precision == "tf32"
+
+
+class Note(torch.autograd.Function):
+    "Give what it gets, and write down the settings on the way, forwards and backwards."
+    @staticmethod
+    def forward(x):
+        SEEN.append(may_round())
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+
+    @staticmethod
+    def backward(ctx, g):
+        SEEN.append(may_round())
+        return g
+
+
 class Watched(nn.Module):
-    "A classifier that writes down the precision of convolutions whenever it is evaluated, and whenever its gradient is taken."
+    "A classifier."
     def __init__(self):
         super().__init__()
-        self.layer, self.seen = nn.Linear(2, 2), []
+        self.layer = nn.Linear(2, 2)
 
-    def forward(self, x, sigma):
-        self.seen.append(CONV.fp32_precision)
-        logits = self.layer(x)
-        if logits.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(logits):
-            logits.register_hook(lambda g: self.seen.append(CONV.fp32_precision))
-        return logits
+    def forward(self, x, sigma): return Note.apply(self.layer(x))
+
+
+@pytest.fixture(autouse=True)
+def fresh(): SEEN.clear()
+
+
+def settings():
+    "All that says how float32 is multiplied."
+    layers = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, CONV, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv
+    return [layer.fp32_precision for layer in layers]
 
 
 X, SIGMA, Y = torch.ones(4, 2), torch.ones(4), torch.tensor([0, 1, 0, 1])
 
 
-def test_settings_come_back():
-    before = CONV.fp32_precision, torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), full_float32():
-        assert CONV.fp32_precision == "ieee" and torch.get_float32_matmul_precision() == "highest"
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_settings_come_back(convolutions):
+    before = settings()
+    with pytest.raises(KeyError), full_float32(convolutions):
+        assert may_round() is not convolutions and torch.get_float32_matmul_precision() == "highest"
         raise KeyError
-    torch.set_float32_matmul_precision("high")
-    with full_float32(convolutions=False): assert CONV.fp32_precision == before[0] and torch.get_float32_matmul_precision() == "highest"
-    assert torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision(before[1])
-    assert (CONV.fp32_precision, torch.get_float32_matmul_precision()) == before
+    assert settings() == before and may_round()
 
 
-def test_settings_of_the_newer_interface_come_back():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+@pytest.mark.parametrize("convolutions", [True, False])
+@pytest.mark.parametrize("change", ["older", "newer"])
+def test_settings_of_either_interface_come_back(convolutions, change):
+    matmul, kept = torch.backends.cuda.matmul, settings()
     try:
-        matmul.fp32_precision = "tf32"
-        with full_float32(): assert matmul.fp32_precision == CONV.fp32_precision == "ieee"
-        assert matmul.fp32_precision == "tf32"
-    finally: matmul.fp32_precision = before
+        if change == "older": matmul.allow_tf32 = True
+        else: matmul.fp32_precision = CONV.fp32_precision = "tf32"
+        before = settings()
+        with full_float32(convolutions): assert matmul.fp32_precision == "ieee" and may_round() is not convolutions
+        assert settings() == before and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.allow_tf32 = False
+        for layer, value in zip((matmul, torch.backends.mkldnn.matmul), kept): layer.fp32_precision = value
+
+
+def test_flags_of_cudnn_can_be_set_inside():
+    "A classifier may switch cuDNN off in its forward pass (which by PyTorch's default brings TF32 back, for that block)."
+    with full_float32():
+        with torch.backends.cudnn.flags(enabled=False): assert not torch.backends.cudnn.enabled
+        assert not may_round()
+    assert may_round()
 
 
 def test_guidance_runs_in_it():
-    outside, net = CONV.fp32_precision, Watched()
+    net = Watched()
     likelihood_score(net, X, SIGMA, Y)
     posterior_score(lambda x, sigma: -x, net, Y)(X, SIGMA)
-    assert outside != "ieee" and net.seen == ["ieee"] * 2 and CONV.fp32_precision == outside
+    assert SEEN == [False] * 4 and may_round()  # two forward and two backward passes
 
 
 def test_errors_are_measured_in_it():
-    seen = []
     def score(x, sigma):
-        seen.append(CONV.fp32_precision)
+        SEEN.append(may_round())
         return -x
     x = torch.rand(6, 1, 2, 2)
     oracle = image_oracle(x, torch.arange(6) % 2, 2)
     mismatch(score, {}, oracle, x[:4], torch.randn(4, 1, 2, 2), Y[None], 1.)
-    assert seen == ["ieee"]
+    assert SEEN == [False]
 
 
 @pytest.mark.parametrize("tf32", [True, False])
 def test_fit_trains_in_it_where_it_is_told_to(tf32):
     "Forwards and backwards; between two steps the settings are the caller's."
-    outside, net = CONV.fp32_precision, Watched()
+    net = Watched()
     def loss(model, x, y): return nn.functional.cross_entropy(model(x, SIGMA), y, reduction="none")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in fit(net, loss, 2, optimizer, seed=0, draw=lambda step, generator: {"x": X, "y": Y}, tf32=tf32): assert CONV.fp32_precision == outside
-    assert net.seen == [outside if tf32 else "ieee"] * 4  # two forward and two backward passes
+    for _ in fit(net, loss, 2, optimizer, seed=0, draw=lambda step, generator: {"x": X, "y": Y}, tf32=tf32): assert may_round()
+    assert SEEN == [tf32] * 4
 
 
 @pytest.mark.gpu

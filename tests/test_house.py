@@ -203,6 +203,13 @@ def test_one_address_or_none(root, settings):
     assert f"version = {{{settings['version']}}}" in cited
 
 
+def test_no_formula_was_broken_by_an_escape(root):
+    "`\\tilde` written as a tab and `ilde`, and its like."
+    for path in sorted(root.glob("nbs/*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown": assert not re.search(r"[\x00-\x09\x0b-\x1f]", "".join(cell["source"])), (path.name, cell["id"])
+
+
 def test_commands_of_the_readme_have_parameters_that_exist(root):
     "papermill only warns of an unknown one."
     commands = re.findall(r"^papermill (nbs/\S+) (.*)$", (root/"README.md").read_text(encoding="utf-8"), re.MULTILINE)

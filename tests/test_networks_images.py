@@ -292,3 +292,5 @@ def test_levels_in_float64_and_whole_numbers_meet_float32(build, shape):
     for sigma in (torch.tensor([0.25, 1., 3.], dtype=torch.float64), torch.tensor([1, 2, 3])):
         with torch.no_grad(): found, expected = net(x, sigma), net(x, sigma.float())
         assert found.dtype == torch.float32 and torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(): half = net.to(torch.bfloat16)(x.to(torch.bfloat16), torch.tensor([0.25, 1., 3.], dtype=torch.bfloat16))
+    assert half.isfinite().all()  # a network that was cast as a whole still takes its own type
