@@ -2,10 +2,13 @@
 import pytest
 import torch
 
+from dlsm.data import moons
 from dlsm.dsm import perturb
 from dlsm.guidance import likelihood_score
 from dlsm.mismatch import calibration_error, image_oracle, mismatch
+from dlsm.moons import by_level
 from dlsm.parzen import parzen_classifier, parzen_score
+from dlsm.presets import MOONS
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.rand(30, 1, 3, 3, generator=G), torch.arange(30) % 3
@@ -43,3 +46,14 @@ def test_exact_networks_have_no_error_whatever_they_are_called():
 def test_mistakes_are_one_line_each(call, says):
     with pytest.raises(ValueError, match=says) as e: call()
     assert "\n" not in str(e.value)
+
+
+# ---- the moons, level by level
+
+def test_by_level_knows_the_exact_classifier_and_the_one_that_knows_nothing():
+    x, y = moons(MOONS["smoke"].n_points, dtype=torch.float64)
+    exact = parzen_classifier(x, y, 2)
+    nets = {"exact": lambda x, sigma: exact(x.double(), sigma.double()), "nothing": lambda x, sigma: 0 * x}
+    found = by_level(MOONS["smoke"], (3., 7.5), nets, "cpu", n=50)
+    assert max(found["relative"]["exact"]) < 1e-5 and found["length"]["exact"] == pytest.approx([1, 1], abs=1e-5)
+    assert found["relative"]["nothing"] == pytest.approx([1, 1]) and found["length"]["nothing"] == [0, 0] and found["zero"][0] > found["zero"][1] > 0
