@@ -52,6 +52,7 @@ def test_default_run(root, tmp_path, monkeypatch, untrained):
         assert found.meta["alpha"] == (alpha or (10. if method == "scaling" else 1.)) and set(found.meta["histogram"]) == {2 if alpha is None else 3}
     results = {name: json.loads((tmp_path/f"runs/smoke/figures/digits/{name}.json").read_text(encoding="utf-8")) for name in ("fig3", "fig3_alpha", "fig3_nfe")}
     assert all("smoke" in result["title"] and result["dataset"] == "digits" for result in results.values())
+    assert results["fig3"]["values"]["claims"] == {}  # two images of a class: none can be left out
     assert set(results["fig3"]["values"]["diversity"]) == {"real", "base", "scaling", "dlsm"} and len(results["fig3"]["inputs"]) == 3
     assert results["fig3_alpha"]["values"]["alphas"][0] == 0 and results["fig3_alpha"]["values"]["alphas"][-1] == 20
     assert not (tmp_path/"figures").exists()
