@@ -3,7 +3,7 @@
     make reproduce                                  # the same as
     snakemake --cores all --config preset=demo      # presets: smoke, demo, paper; for CIFAR without a GPU also cpu
     snakemake --cores all moons_04_moons            # one notebook, after those that it needs
-    snakemake --cores all --config trainings=5      # images trained five times, too (07a); smoke has two
+    snakemake --cores all --config trainings=5      # images trained five times, too (07a)
     snakemake --profile profiles/slurm              # as jobs of a cluster
 
 The executed notebooks land in runs/<preset>/notebooks/. A notebook runs again when it, a module that it imports, or a notebook
@@ -34,7 +34,7 @@ STORY = {
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
 PRESET = config.get("preset", "demo")
-TRAININGS = int(config.get("trainings", 2 if PRESET == "smoke" else 1))
+TRAININGS = int(config.get("trainings", 1))
 if TRAININGS < 2: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
 DATASETS = config.get("dataset", "moons,digits").split(",")
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
