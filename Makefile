@@ -55,7 +55,7 @@ clean: ## remove smoke runs, caches and built packages; trained models, data and
 	  rm -rf .venv; echo "Making .venv with $$found"; \
 	  if command -v uv >/dev/null; then uv venv --quiet --python "$$found" .venv; else "$$found" -m venv .venv; fi; fi; \
 	echo "Installing requirements.lock (up to 6 GB with CUDA)"; \
-	if command -v uv >/dev/null; then install="uv pip install --quiet --python $(python)"; \
+	if command -v uv >/dev/null; then install="uv pip install --quiet --compile-bytecode --python $(python)"; \
 	else install="$(python) -m pip install --quiet --disable-pip-version-check --use-pep517"; fi; \
 	$$install --no-deps -r requirements.lock; $$install --no-deps --no-build-isolation -e .; touch $@
 
