@@ -28,8 +28,9 @@ STORY = {
     "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
+    "08b_levels":       (MOONS, ["04_moons"], ["moons/levels_causes"]),
     "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "07a_trainings", "08_ablations",
-                               "08a_networks"], ["report"]),
+                               "08a_networks", "08b_levels"], ["report"]),
     "index":            (ALL, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
@@ -44,7 +45,7 @@ if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.start
 CIFAR = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}
 TRAINED = {"paper": (720, 32_000, 1)}  # the moons, where the paper trains on them
 USUAL = (60, 16_000, 0)
-RESERVED = {"cifar10": CIFAR, "cifar100": CIFAR, "04_moons": TRAINED, "08_ablations": TRAINED, "08a_networks": TRAINED}
+RESERVED = {"cifar10": CIFAR, "cifar100": CIFAR, "04_moons": TRAINED, "08_ablations": TRAINED, "08a_networks": TRAINED, "08b_levels": TRAINED}
 
 # On a small machine little of `demo` gains from a second thread: its data sets run side by side, each on its share of the cores.
 SHARES = len(DATASETS) if PRESET == "demo" else 1

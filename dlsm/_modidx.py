@@ -184,6 +184,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                             'dlsm.moons.curves': ('moons.html#curves', 'dlsm/moons.py'),
                             'dlsm.moons.distance': ('moons.html#distance', 'dlsm/moons.py'),
                             'dlsm.moons.errors': ('moons.html#errors', 'dlsm/moons.py'),
+                            'dlsm.moons.fit_causes': ('moons.html#fit_causes', 'dlsm/moons.py'),
                             'dlsm.moons.fit_classifiers': ('moons.html#fit_classifiers', 'dlsm/moons.py'),
                             'dlsm.moons.fit_parts': ('moons.html#fit_parts', 'dlsm/moons.py'),
                             'dlsm.moons.fit_scores': ('moons.html#fit_scores', 'dlsm/moons.py'),

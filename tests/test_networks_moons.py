@@ -119,3 +119,30 @@ def test_compiled_trainings_go_as_plain_ones_on_a_gpu(part, tmp_path, monkeypatc
     monkeypatch.setattr(dlsm.moons, "_compiled", lambda loss, *_: loss)
     assert len(calls) == 1
     for a, b in zip(compiled, after_three_steps()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_causes_differ_by_prior_and_weight_alone(tmp_path, monkeypatch):
+    "The loss of all trainings together is the sum of each one's, with the prior score and the power of σ that its name says."
+    import dlsm.moons
+    from dlsm.data import moons
+    from dlsm.losses import ce_loss, total_loss
+    from dlsm.parzen import parzen_score
+    from dlsm.presets import MOONS
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    cfg, seeds = MOONS["smoke"], (0, 1)
+    scores = Ensemble([seeded(lambda: dlsm.moons.score_net(cfg), 5 + i) for i in range(6)])
+    rates = dict.fromkeys(("ce", "dlsm_prime", "total", *dlsm.moons.CAUSES), 1e-3)
+    given = dlsm.moons._trainings(cfg, {}, 1, rates, seeds, scores, "cpu")
+    assert {tuple(v) for v in dlsm.moons.CAUSES.values()} == {("learned", 2.), ("learned", 1.), ("exact", 2.), ("exact", 1.)}
+
+    x, y = moons(cfg.n_points)
+    index, sigma, noise = dlsm.moons._draw(cfg, torch.zeros(2, dtype=torch.long), torch.full((2,), len(x)), torch.Generator().manual_seed(1))
+    expected = 0.
+    for i in seeds:
+        batch = x[index[i]], y[index[i]], sigma[i], noise[i]
+        expected += ce_loss(given["model"]["ce"].member(i), batch[0] + sigma[i][:, None] * noise[i], sigma[i], batch[1]).mean()
+        for name in (*dlsm.moons.CAUSES, "total", "dlsm_prime"):
+            whose, power = dlsm.moons.CAUSES.get(name, ("learned", cfg.power))
+            prior = parzen_score(x) if whose == "exact" else scores.member(3 * i)
+            expected += total_loss(given["model"][name].member(i), prior, *batch, cfg.lam * (name != "dlsm_prime"), power).mean()
+    torch.testing.assert_close(given["loss"](given["model"], torch.Generator().manual_seed(1)), expected, rtol=1e-5, atol=0.)

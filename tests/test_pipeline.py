@@ -29,7 +29,7 @@ def test_one_command_runs_everything_on_any_data_set(copy):
     "Images are trained on, sampled and evaluated, and the report is written at the end, whatever the data set; nothing is written twice."
     rules = planned(copy, "demo", "moons,digits,cifar10")
     images = {f"{data}_{name}" for data in ("digits", "cifar10") for name in ("05_cifar", "06_sampling", "07_evaluation")}
-    moons = {f"moons_{name}" for name in ("00_parzen", "01_dsm", "02_decomposition", "03_dlsm", "04_moons", "08_ablations", "08a_networks")}
+    moons = {f"moons_{name}" for name in ("00_parzen", "01_dsm", "02_decomposition", "03_dlsm", "04_moons", "08_ablations", "08a_networks", "08b_levels")}
     assert rules.keys() == images | moons | {"all_09_report", "all_index"}
     written = [path for paths in rules.values() for path in paths]
     assert len(written) == len({*written})
@@ -94,7 +94,7 @@ def test_profile_of_slurm(copy, cluster, dataset, rule, needs):
 
 
 @pytest.mark.parametrize(("preset", "dataset", "gpus"), [
-    ("paper", "moons,cifar100", {"moons_04_moons", "moons_08_ablations", "moons_08a_networks",
+    ("paper", "moons,cifar100", {"moons_04_moons", "moons_08_ablations", "moons_08a_networks", "moons_08b_levels",
                                  *(f"cifar100_{name}" for name in ("05_cifar", "06_sampling", "07_evaluation"))}),
     ("demo", "moons,digits", set())])
 def test_who_reserves_a_gpu(copy, preset, dataset, gpus):

@@ -210,8 +210,14 @@ def test_report_reads_its_numbers(report, home):
 
 
 def test_finding_follows_the_numbers(report, home):
-    put(home, table1())
+    def by_loss(*values): return {loss: [[v, v + 0.02], [v - 0.02, v]] for loss, v in zip(("ce", "total"), values)}
+    causes = {"steps": 1_234, "levels": [3., 5.], "relative_D_L": {"joint": {
+        loss: [[v, 2 * v], [v, 2 * v]] for loss, v in (("ce", 0.1111), ("learned_2", 0.2222), ("exact_2", 0.3333), ("exact_1", 0.4444))}}}
+    put(home, table1(), *(MADE | {"id": name, "title": name, "dataset": "moons", "paper": None, "values": values} for name, values in (
+        ("levels", {"sigmas": [3., 5.], "relative_D_L": {"paper": by_loss(0.31, 0.71)}}), ("levels_causes", causes))))
     text, saved = report()
+    for said in ("0.30 and 0.70 at σ = 3", "0.32 and 0.72 at σ = 5; at σ = 3 and 5 cross-entropy's gradients are nearer", "After 1,234 steps".lower(),
+                 "| σ = 3 | 0.11 | 0.22 | 0.33 | 0.44 |", "| σ = 5 | 0.22 | 0.44 | 0.67 | 0.89 |"): assert said in saved["values"]["finding"]["text"], said
     base, ours = (np.mean(paper("table1", "D_L", m)) for m in ("base", "dlsm"))
     for value in (base, ours, base / 2, ours / 2): assert f"{value:.3f}" in saved["values"]["finding"]["text"]
     assert "(-50%)" in saved["values"]["finding"]["text"] and saved["values"]["finding"]["text"] in text
