@@ -217,7 +217,8 @@ def test_finding_follows_the_numbers(report, home):
         ("levels", {"sigmas": [3., 5.], "relative_D_L": {"paper": by_loss(0.31, 0.71)}}), ("levels_causes", causes))))
     text, saved = report()
     for said in ("| L_CE | 0.30 | 0.32 |", "| L_Total | 0.70 | 0.72 |", "At σ = 3 and 5 cross-entropy's gradients are nearer", "after 1,234 steps",
-                 "| L_CE | 0.11 | 0.22 |", "| L_Total | 0.22 | 0.44 |", "exact prior score | 0.33 | 0.67 |", "not σ⁴ | 0.44 | 0.89 |"): assert said in saved["values"]["finding"]["text"], said
+                 "| L_CE | 0.11 | 0.22 |", "| L_Total | 0.22 | 0.44 |", "exact prior score | 0.33 | 0.67 |", "not σ⁴ | 0.44 | 0.89 |"):
+        assert said in saved["values"]["finding"]["text"], said
     base, ours = (np.mean(paper("table1", "D_L", m)) for m in ("base", "dlsm"))
     for value in (base, ours, base / 2, ours / 2): assert f"{value:.3f}" in saved["values"]["finding"]["text"]
     assert "(-50%)" in saved["values"]["finding"]["text"] and saved["values"]["finding"]["text"] in text
