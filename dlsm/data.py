@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import md5
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -115,7 +116,9 @@ def _unpack(archive:Path, dataset:str):
     if digest != ARCHIVE_MD5[dataset]:
         raise ParameterError(f"{archive} is damaged (MD5 {digest}; expected {ARCHIVE_MD5[dataset]}): delete it and run again, or replace it")
     careful = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python before 3.11.4 has none; the MD5 is right in any case
-    with tarfile.open(archive) as tar: tar.extractall(archive.parent, **careful)
+    with TemporaryDirectory(prefix=".part-", dir=archive.parent) as part:  # a folder of the right name is a whole one
+        with tarfile.open(archive) as tar: tar.extractall(part, **careful)
+        for folder in Path(part).iterdir(): folder.replace(archive.parent / folder.name)
 
 
 def _cifar(
@@ -127,7 +130,8 @@ def _cifar(
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     given = data_dir or os.environ.get("DLSM_DATA")
     folder = Path(given).expanduser() if given else find_root() / "data"
-    if given and not folder.is_dir(): raise ParameterError(f"data_dir = {str(given)!r} is not a folder: name the one that holds {source.base_folder}")
+    if given and not folder.is_dir():
+        raise ParameterError(f"{'data_dir' if data_dir else '$DLSM_DATA'} = {str(given)!r} is not a folder: name the one that holds {source.base_folder}")
     try:
         if not (folder / source.base_folder).is_dir():
             archive = folder / source.filename

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .schedule import check_batch, expand
+from .schedule import _any, check_batch, expand, in_dtype_of
 
 # %% ../nbs/01_dsm.ipynb #a16df979
 Score = Callable[[Tensor, Tensor], Tensor]  # (x_noisy [B, …], sigma [B]) -> ∇ log p_σ(x̃), like x_noisy
@@ -24,11 +24,13 @@ def perturb(
 )->Tensor: # x + σ·noise [B, …]
     """Add noise of level `sigma` to `x`: a draw from p_σ(x̃|x) = N(x̃; x, σ²I).
 
-    Raises `ValueError` for mismatched shapes and levels that are not positive.
+    Raises `ValueError` for mismatched shapes, levels that are not positive, and (on a CPU, where looking costs nothing) values that are NaN or infinite.
     """
     check_batch(x, sigma, name="x")
     if noise.shape != x.shape: raise ValueError(f"noise has shape {tuple(noise.shape)}; expected that of x: {tuple(x.shape)}")
-    return x + expand(sigma, x) * noise
+    for name, values in (("x", x), ("noise", noise)):
+        if _any(values, lambda v: ~v.isfinite()): raise ValueError(f"{name} {tuple(values.shape)} has values that are NaN or infinite")
+    return x + expand(in_dtype_of(sigma, x), x) * noise
 
 # %% ../nbs/01_dsm.ipynb #6f8aba18
 def weighted_error(
@@ -42,7 +44,7 @@ def weighted_error(
     power 0 is the unweighted error, 1 makes all noise levels about equally large, 2 is the σ⁴ of the paper's moons.
     """
     if reduce not in ("mean", "sum"): raise ValueError(f"reduce={reduce!r}; expected 'mean' or 'sum' over an item's dimensions")
-    squared = (expand(sigma**power, residual) * residual).square().flatten(1)
+    squared = (expand(in_dtype_of(sigma, residual)**power, residual) * residual).square().flatten(1)
     return (squared.mean(1) if reduce == "mean" else squared.sum(1)) / 2
 
 # %% ../nbs/01_dsm.ipynb #0041973d
@@ -85,4 +87,4 @@ def dsm_loss(
     Raises `ValueError` as `perturb` does, and for a score of another shape than `x`.
     """
     x_noisy = perturb(x, sigma, noise)
-    return weighted_error(_check_score(score(x_noisy, sigma), x_noisy) + noise / expand(sigma, x), sigma, power, reduce)
+    return weighted_error(_check_score(score(x_noisy, sigma), x_noisy) + noise / expand(in_dtype_of(sigma, x), x), sigma, power, reduce)

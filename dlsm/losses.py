@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dsm import Score, perturb, weighted_error
 from .guidance import Classifier, check_logits, likelihood_score, likelihood_score_and_logits, prior_score
-from .schedule import check_batch, expand
+from .schedule import check_batch, expand, in_dtype_of
 
 # %% ../nbs/03_dlsm.ipynb #e9307ab3
 def ce_loss(
@@ -88,5 +88,5 @@ def total_loss(
     x_noisy = perturb(x, sigma, noise)
     prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)
-    dlsm = weighted_error(likelihood + prior + noise / expand(sigma, x), sigma, power, reduce)
+    dlsm = weighted_error(likelihood + prior + noise / expand(in_dtype_of(sigma, x), x), sigma, power, reduce)
     return dlsm + lam * F.cross_entropy(logits, y.long(), reduction="none")

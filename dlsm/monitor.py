@@ -56,6 +56,20 @@ class RunLog:
             for name, value in values.items(): self.board.add_scalar(name, value, step)
 
 # %% ../nbs/13c_monitor.ipynb #ccd9d610
+def _limit_of_group(
+    folder:str="/sys/fs/cgroup", # where the kernel shows them
+)->float: # bytes; infinite without one
+    "Ask for what the container or the job of a cluster may still use: its limit minus what it uses, file caches aside."
+    root, least = Path(folder), math.inf
+    for limit, used, stat, cache in (("memory.max", "memory.current", "memory.stat", "inactive_file"),
+                                     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file")):
+        try:
+            most, taken, lines = int((root / limit).read_text()), int((root / used).read_text()), (root / stat).read_text().splitlines()
+            least = min(least, most - taken + next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0))
+        except (OSError, ValueError): continue  # no such group, or no limit ("max")
+    return max(0., least)
+
+
 def free_memory(
     device:torch.device, # CPU or CUDA
 )->float: # bytes; infinite where it is not known
@@ -63,7 +77,8 @@ def free_memory(
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try: lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError: return math.inf
-    return next((1024. * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    available = next((1024. * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), math.inf)
+    return min(available, _limit_of_group())
 
 
 def peak_memory(

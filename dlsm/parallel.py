@@ -91,7 +91,8 @@ def gradients(
             value = value.sum() / size
             value.backward()
             total = total + value.detach()
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:  # on a CPU, PyTorch has no error of its own for that
+        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e): raise
         raise MemoryError(f"too little memory on {device} for {micro or n} images at a time:"
                           " use smaller micro-batches (micro=…), another device or a smaller preset") from None
     return total

@@ -78,6 +78,20 @@ def test_cifar_from_the_archive_and_from_the_environment(monkeypatch, tmp_path):
     assert torch.equal(image_data("cifar10").x, found.x)
 
 
+def test_unpacking_that_was_cut_off_is_done_again(monkeypatch, tmp_path):
+    archive = tiny_cifar(monkeypatch, tmp_path/"a")
+    shutil.rmtree(tmp_path/"a"/"cifar-10-batches-py")
+
+    def cut_off(tar, folder, **how):
+        (Path(folder)/"cifar-10-batches-py").mkdir()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(tarfile.TarFile, "extractall", cut_off)
+        image_data("cifar10", tmp_path/"a")
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+    assert len(image_data("cifar10", tmp_path/"a").x) == 4 and {path.name for path in archive.parent.iterdir()} == {archive.name, "cifar-10-batches-py"}
+
+
 def test_nothing_is_unpickled_before_its_md5_is_right(monkeypatch, tmp_path):
     archive, marker = tiny_cifar(monkeypatch, tmp_path), tmp_path/"unpickled"
     batch = tmp_path/"cifar-10-batches-py"/"data_batch_1"

@@ -85,6 +85,16 @@ def test_an_ensemble_has_the_losses_of_its_members():
     for i, net in enumerate(nets): assert torch.allclose(together[i], dsm_loss(net, x[i], sigma[i], noise[i], power=2), rtol=1e-5)
 
 
+def test_levels_of_a_schedule_meet_float32_points():
+    "They are float64; the loss is that of the same levels in float32, in float32."
+    x, net = moons(64)[0], seeded(MLPScore, 0)
+    levels, noise = VESchedule(0.1, 10.).levels(64), torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    assert levels.dtype == torch.float64 and perturb(x, levels, noise).dtype == torch.float32
+    for power in (0, 1, 2):
+        found = dsm_loss(net, x, levels, noise, power)
+        assert found.dtype == torch.float32 and torch.equal(found, dsm_loss(net, x, levels.float(), noise, power))
+
+
 X, ONES = torch.zeros(4, 2), torch.ones(4)
 zero = lambda q, s: torch.zeros_like(q)
 
@@ -95,6 +105,8 @@ zero = lambda q, s: torch.zeros_like(q)
     "sigma zero in esm": (lambda: esm_loss(zero, zero, X, 0*ONES), ["sigma (4,)", "positive"]),
     "one sigma": (lambda: dsm_loss(zero, X, ONES[:1], X), ["sigma", "(1,)", "x (4, 2)"]),
     "noise of another shape": (lambda: dsm_loss(zero, X, ONES, X[:1]), ["noise", "(1, 2)", "(4, 2)"]),
+    "NaN in x": (lambda: dsm_loss(zero, X * math.nan, ONES, X), ["x (4, 2)", "NaN"]),
+    "infinite noise": (lambda: perturb(X, ONES, X + math.inf), ["noise (4, 2)", "infinite"]),
     "no batch": (lambda: perturb(torch.zeros(4), ONES, torch.zeros(4)), ["x", "(4,)"]),
     "score of another shape": (lambda: dsm_loss(lambda q, s: q[:, :1], X, ONES, X), ["score", "(4, 1)", "(4, 2)"]),
     "score of another shape in esm": (lambda: esm_loss(lambda q, s: q[:, :1], zero, X, ONES), ["score", "(4, 1)"]),

@@ -10,6 +10,7 @@ from dlsm.guidance import likelihood_score
 from dlsm.losses import ce_loss, dlsm_loss, elsm_loss, total_loss
 from dlsm.networks import Ensemble, MLPClassifier, seeded
 from dlsm.parzen import parzen_classifier, parzen_score
+from dlsm.schedule import VESchedule
 
 B = 6
 
@@ -148,3 +149,14 @@ def test_lambda_belongs_to_the_item_or_to_all():
     with pytest.raises(ValueError, match=r"lam has shape \(6, 1\); expected one value, or one per item"):
         x = torch.zeros(6, 2)
         total_loss(lambda x, s: x, lambda x, s: -x, x, torch.zeros(6, dtype=torch.long), torch.ones(6), x, torch.ones(6, 1))
+
+
+def test_levels_of_a_schedule_meet_float32_points():
+    "They are float64; the losses are those of the same levels in float32, in float32."
+    g = torch.Generator().manual_seed(0)
+    x, noise, y, net = torch.randn(8, 2, generator=g), torch.randn(8, 2, generator=g), torch.arange(8) % 2, seeded(MLPClassifier, 0)
+    levels = VESchedule(0.1, 10.).levels(8)
+    for loss in (lambda s: total_loss(net, prior, x, y, s, noise, 1., 2), lambda s: dlsm_loss(net, prior, x, y, s, noise, 1), lambda s: ce_loss(net, x, s, y),
+                 lambda s: elsm_loss(net, parzen_classifier(x, y, 2), x, s, y, 1)):
+        found = loss(levels)
+        assert levels.dtype == torch.float64 and found.dtype == torch.float32 and torch.allclose(found, loss(levels.float()), rtol=1e-5)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlsm import monitor
 from dlsm.data import image_data
 from dlsm.guidance import likelihood_score
 from dlsm.image_presets import IMAGES
@@ -225,6 +226,30 @@ def test_too_little_memory_is_one_line(digits):
         estimate("stage 2", net, work, 6, 10, 100, available=1e5)
     assert "\n" not in str(error.value)
     assert estimate("stage 2", net, work, 6, 10, 100)["seconds"] > 0
+
+
+def test_an_allocation_that_fails_on_a_cpu_is_one_line(digits):
+    "PyTorch has no error of its own for it there."
+    net, batch = classifier_net(TINY), batches(digits, TINY, TINY.classifier, 0)(0, step_generator(0, 0))
+    def fails(model, **batch): raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    with pytest.raises(MemoryError, match="too little memory on cpu for 6 images at a time: use smaller micro-batches") as error: gradients(net, fails, batch)
+    assert "\n" not in str(error.value)
+    def other(model, **batch): raise RuntimeError("another")
+    with pytest.raises(RuntimeError, match="^another$"): gradients(net, other, batch)
+
+
+@pytest.mark.parametrize("files", [
+    {"memory.max": "1000\n", "memory.current": "900\n", "memory.stat": "anon 5\ninactive_file 300\n"},
+    {"memory/memory.limit_in_bytes": "1000\n", "memory/memory.usage_in_bytes": "900\n", "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 300\n"}],
+    ids=["v2", "v1"])
+def test_the_limit_of_a_container_counts(tmp_path, files):
+    assert monitor._limit_of_group(tmp_path) == math.inf
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(text)
+    assert monitor._limit_of_group(tmp_path) == 1000 - 900 + 300
+    (tmp_path/next(iter(files))).write_text("max\n")
+    assert monitor._limit_of_group(tmp_path) == math.inf
 
 
 def test_the_first_batch_of_a_size_is_not_what_a_step_costs(capsys):
