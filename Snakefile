@@ -14,6 +14,8 @@ import re
 import sys
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 # notebook: data sets, the notebooks before it, and the results it writes (the .json, which is written last)
 MOONS, IMAGES, ALL = ["moons"], ["digits", "cifar10", "cifar100"], ["all"]  # "all": once, whatever the data sets of the run
 STORY = {
@@ -34,12 +36,24 @@ STORY = {
     "index":            (ALL, ["09_report"], []),
 }
 STORY = {name: row for name, row in STORY.items() if Path(workflow.basedir, "nbs", f"{name}.ipynb").exists()}
+
+
+def one_of(what, values, allowed):
+    "Stop with one line at a name that is not known."
+    unknown = [value for value in values if value not in allowed]
+    if unknown: raise WorkflowError(f"{what}={','.join(map(str, values))}: {', '.join(map(repr, unknown))} is not known; there are {', '.join(allowed)}")
+
+
 PRESET = config.get("preset", "demo")
+one_of("preset", [PRESET], ("smoke", "demo", "cpu", "paper"))
+if not re.fullmatch("[1-9][0-9]*", str(config.get("trainings", 1))): raise WorkflowError(f"trainings={config['trainings']}: expected a whole number from 1 on")
 TRAININGS = int(config.get("trainings", 1))
 if TRAININGS < 2: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
-DATASETS = config.get("dataset", "moons,digits").split(",")
+DATASETS = str(config.get("dataset", "moons,digits")).split(",")
+one_of("dataset", DATASETS, (*MOONS, *IMAGES))
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
 if PRESET == "cpu": DATASETS = [dataset for dataset in DATASETS if dataset.startswith("cifar")]  # `demo` is for processors on the others
+if not DATASETS: raise WorkflowError(f"preset={PRESET} is not for {config.get('dataset', 'moons,digits')}: {'it is for CIFAR' if PRESET == 'cpu' else 'the paper has no digits'}")
 
 # What a job of a cluster reserves, by data set or notebook, and by preset: minutes, MB and GPUs. One that is cut off goes on from its last checkpoint.
 CIFAR = {"cpu": (360, 16_000, 0), "demo": (60, 32_000, 1), "paper": (2880, 64_000, 1)}

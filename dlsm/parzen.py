@@ -42,7 +42,7 @@ def _log_kernels(
     return log_kernel.sub_(highest[:, None]), highest + factor * (query - nearest).square().sum(1)
 
 # %% ../nbs/00_parzen.ipynb #4b73da20
-BUDGET = 2**19  # kernel values held at once on a CPU, 8 bytes each, and twice as many on the way to them; 32 times as many on a GPU
+BUDGET = 2**19  # kernel values held at once on a CPU, 8 bytes each, and up to `FEW` dimensions twice as many on the way to them; 32 times as many on a GPU
 FAINT = -700.   # smaller log kernels, relative to the largest, are raised to this
 
 
@@ -77,6 +77,12 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output): pass
+
+    @staticmethod
+    def backward(ctx, *_): raise NotImplementedError("Parzen scores cannot be differentiated: the log-density and the classifier can be, once")
+
+    @staticmethod
+    def jvp(ctx, *_): return _Moments.backward(ctx)
 
     @staticmethod
     def vmap(info, in_dims, query, sigma, data):
@@ -117,13 +123,13 @@ def parzen_score(
 
     The score is (Σᵢ wᵢ xᵢ − x̃)/σ² with w = softmax(−‖x̃ − xᵢ‖²/2σ²) (Section 2 of the paper), in 1/units of the data. Computed in float64 in
     chunks of queries, returned in the dtype of `x_noisy`. With the points of one class it is the exact posterior score of that class.
-    Raises `ValueError` for empty or non-finite data, mismatched shapes and levels that are not positive.
+    Whoever differentiates it gets `NotImplementedError`. Raises `ValueError` for empty or non-finite data, mismatched shapes and levels that are not positive.
     """
     points, centre = _prepare(data)
 
     def score(x_noisy, sigma):
         query = _flatten(x_noisy, sigma, data, centre)
-        with torch.no_grad(): mean = _Moments.apply(query, sigma.double(), points)[1]
+        mean = _Moments.apply(query, sigma.double(), points)[1]
         return ((mean - query) / sigma.double()[:, None].square()).reshape(x_noisy.shape).to(x_noisy.dtype)
     return score
 

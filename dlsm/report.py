@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE1_CLAIMS', 'FIG5_CLAIMS', 'SAMPLER', 'PROPOSITION', 'LOSS_NAMES', 'SIGN', 'ITEMS', 'MISSING', 'table1_of',
            'fig5_of', 'each_training', 'check_table1', 'check_fig1', 'check_fig2', 'check_fig5', 'check_printed',
-           'claim_text', 'check_table2', 'check_fig3', 'check_fig4', 'Item', 'extent', 'rows', 'others', 'trainings_of',
-           'rates_of', 'status_table', 'scale']
+           'claim_text', 'check_table2', 'check_fig3', 'check_fig4', 'Item', 'extent', 'trained_for', 'rows', 'others',
+           'trainings_of', 'rates_of', 'status_table', 'scale']
 
 # %% ../nbs/17d_report.ipynb #06aa2862
 from collections.abc import Callable
@@ -216,6 +216,14 @@ def extent(
     return "–" if not seeds else f"{seeds} trainings" if seeds > 1 else "1 training"
 
 
+def trained_for(
+    result:dict, # as `save_result` wrote it
+)->float|None: # seconds; None where it is not known
+    "Sum what the trainings behind a result took, whichever run made them."
+    each = result["values"].get("training_seconds") or {}
+    return sum(each.values()) if each and None not in each.values() else None
+
+
 def _row(item, result, results):
     "Judge one result of an item."
     def beside(id):
@@ -232,12 +240,12 @@ def _row(item, result, results):
     return {"dataset": result["dataset"], "preset": preset_of(result) or "no preset", "extent": extent(result), "verdict": found, "why": why,
             **{side: "; ".join(f"{n['name']} {show(n[side])}" for n in judged[:3]) or ("table below" if item.id == "table2" else "picture") for side in ("paper", "ours")},
             "deviation": f"{worst['name']} {worst['deviation']:+.0%}" if worst else "–",
-            "seconds": result["wall_seconds"], "device": result["device"],
+            "seconds": result["wall_seconds"], "training_seconds": trained_for(result), "device": result["device"],
             "path": picture.relative_to(find_root()).as_posix() if picture else result["path"], "numbers": numbers, "claims": claims}
 
 
 MISSING = {"preset": "–", "extent": "–", "verdict": "not yet", "why": "no result", "paper": "–", "ours": "–", "deviation": "–",
-           "seconds": None, "device": "–", "path": None, "numbers": [], "claims": []}
+           "seconds": None, "training_seconds": None, "device": "–", "path": None, "numbers": [], "claims": []}
 
 
 def rows(

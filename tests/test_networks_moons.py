@@ -99,17 +99,18 @@ def test_ensemble_refuses_buffers():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", ["scores", "classifiers", "sweep"])
+@pytest.mark.parametrize("part", ["scores", "classifiers", "sweep", "causes"])
 def test_compiled_trainings_go_as_plain_ones_on_a_gpu(part, tmp_path, monkeypatch):
     "Long trainings are compiled there; three steps of one give the weights of three plain ones, but for rounding."
     import dlsm.moons
     from dlsm.presets import MOONS
     monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
-    long = dataclasses.replace(MOONS["smoke"], steps=6_000, steps_prior=6_000, steps_sweep=6_000, eval_every=10**9, checkpoint_every=10**9)
+    long = dataclasses.replace(MOONS["smoke"], steps=6_000, steps_prior=6_000, steps_sweep=6_000, steps_causes=6_000, eval_every=10**9, checkpoint_every=10**9)
 
     def after_three_steps():
         scores = Ensemble([seeded(lambda: dlsm.moons.score_net(long), 0)] * 3 * long.n_seeds).cuda()
         steps = {"scores": lambda: dlsm.moons.fit_scores(long, 0, "cuda"), "classifiers": lambda: dlsm.moons.fit_classifiers(long, "paper", 0, scores, "cuda"),
+                 "causes": lambda: dlsm.moons.fit_causes(long, "paper", 0, scores, scores, "cuda"),
                  "sweep": lambda: dlsm.moons.fit_sweep(long, "paper", 0, scores.member(0), "cuda")}[part]()
         state = next(state for state in steps if state.step == 3)
         return [p.detach().clone() for p in state.model.parameters()]
@@ -121,8 +122,8 @@ def test_compiled_trainings_go_as_plain_ones_on_a_gpu(part, tmp_path, monkeypatc
     for a, b in zip(compiled, after_three_steps()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_causes_differ_by_prior_and_weight_alone(tmp_path, monkeypatch):
-    "The loss of all trainings together is the sum of each one's, with the prior score and the power of σ that its name says."
+def test_each_cause_has_its_own_prior_power_and_lambda(tmp_path, monkeypatch):
+    "The loss of all trainings together is the sum of each one's, with what its name says; the networks differ, so that none can stand in for another."
     import dlsm.moons
     from dlsm.data import moons
     from dlsm.losses import ce_loss, total_loss
@@ -130,19 +131,19 @@ def test_causes_differ_by_prior_and_weight_alone(tmp_path, monkeypatch):
     from dlsm.presets import MOONS
     monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
     cfg, seeds = MOONS["smoke"], (0, 1)
-    scores = Ensemble([seeded(lambda: dlsm.moons.score_net(cfg), 5 + i) for i in range(6)])
+    scores, even = (Ensemble([seeded(lambda: dlsm.moons.score_net(cfg), first + i) for i in range(6)]) for first in (5, 15))
     rates = dict.fromkeys(("ce", "dlsm_prime", "total", *dlsm.moons.CAUSES), 1e-3)
-    given = dlsm.moons._trainings(cfg, {}, 1, rates, seeds, scores, "cpu")
-    assert {tuple(v) for v in dlsm.moons.CAUSES.values()} == {("learned", 2.), ("learned", 1.), ("exact", 2.), ("exact", 1.)}
+    given = dlsm.moons._trainings(cfg, {}, 1, rates, seeds, scores, "cpu", even)
+    for k, net in enumerate(given["model"].values()):
+        for p in net.parameters(): p.data.mul_(1 + 0.1 * k)
 
     x, y = moons(cfg.n_points)
     index, sigma, noise = dlsm.moons._draw(cfg, torch.zeros(2, dtype=torch.long), torch.full((2,), len(x)), torch.Generator().manual_seed(1))
+    usual = {"total": ("learned", cfg.power, cfg.lam), "dlsm_prime": ("learned", cfg.power, 0.)}
     expected = 0.
     for i in seeds:
-        batch = x[index[i]], y[index[i]], sigma[i], noise[i]
+        batch, priors = (x[index[i]], y[index[i]], sigma[i], noise[i]), {"learned": scores.member(3 * i), "even": even.member(3 * i), "exact": parzen_score(x)}
         expected += ce_loss(given["model"]["ce"].member(i), batch[0] + sigma[i][:, None] * noise[i], sigma[i], batch[1]).mean()
-        for name in (*dlsm.moons.CAUSES, "total", "dlsm_prime"):
-            whose, power = dlsm.moons.CAUSES.get(name, ("learned", cfg.power))
-            prior = parzen_score(x) if whose == "exact" else scores.member(3 * i)
-            expected += total_loss(given["model"][name].member(i), prior, *batch, cfg.lam * (name != "dlsm_prime"), power).mean()
+        for name, (prior, power, lam) in (usual | dlsm.moons.CAUSES).items():
+            expected += total_loss(given["model"][name].member(i), priors[prior], *batch, lam, power).mean()
     torch.testing.assert_close(given["loss"](given["model"], torch.Generator().manual_seed(1)), expected, rtol=1e-5, atol=0.)

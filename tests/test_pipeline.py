@@ -51,6 +51,17 @@ def test_cifar_in_the_presets_of_its_own(copy, preset, folder):
     assert f"{folder}/fig6.json (update)" in rules["cifar10_05_cifar"]
 
 
+@pytest.mark.parametrize(("config", "words"), [
+    ({"dataset": "moons,cifar"}, "dataset=moons,cifar: 'cifar' is not known; there are moons, digits, cifar10, cifar100"),
+    ({"preset": "demmo"}, "preset=demmo: 'demmo' is not known; there are smoke, demo, cpu, paper"),
+    ({"trainings": "many"}, "trainings=many: expected a whole number"), ({"dataset": "digits", "preset": "paper"}, "the paper has no digits"),
+    ({"dataset": "moons", "preset": "cpu"}, "preset=cpu is not for moons: it is for CIFAR")])
+def test_wrong_names_are_one_line(copy, config, words):
+    given = {"preset": "demo", "dataset": "moons"} | config
+    code, said = snakemake(copy, given.pop("preset"), given.pop("dataset"), *(f"{k}={v}" for k, v in given.items()), "--cores", "2", "--dry-run")
+    assert code != 0 and words in said and "Traceback" not in said, said
+
+
 def test_data_sets_share_a_small_machine(copy):
     "Two data sets on two cores: a thread each, and what others wait for begins first. One data set has both cores."
     def threads(dataset, cores):

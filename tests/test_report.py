@@ -236,11 +236,14 @@ def test_stand_ins_bring_their_claims(report, home):
     rows_ = {name: {"D_L": 1.2342 + i, "D_P": 0.7531, "cosine": 0.6161} for i, name in enumerate(("ce", "scaling", "dlsm_prime", "total"))}
     errors = {"p_sigma": rows_, "held_out": rows_}
     trainings = {"score": {"steps": 70, "seconds": 65., "images_per_s": 1_234., "flops_per_image": 2.51e9}}
-    preset = {"name": "demo", "score": {"batch": 48}}
+    preset = {"name": "demo", "score": {"batch": 48}, "classifier": {"reduce": "sum"}}
+    by_level = {name: {"D_L": {"mean": [[1., 2.], [2.25 * size, 3.]]}} for name, size in (("ce", 1.), ("scaling", 2.), ("dlsm_prime", 3.), ("total", 4.), ("zero", 1.))}
+    kept = {"sigmas": [0.1, 1.25], "methods": {"p_sigma": by_level, "held_out": by_level}, "held_out_quality": {
+        name: [{"accuracy": 0.1, "nll": 50., "ece": ece}] for name, ece in (("ce", 0.1), ("dlsm_prime", 0.9))}}
     on_digits = MADE | {"dataset": "digits", "paper": None}
     put(home, table1(), on_digits | {"id": "table2", "title": "Table 2: digits, reduced", "values": table},
-        on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [0.5, 1.25],
-                                                                                       "trainings": trainings}, "preset": preset})
+        on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [1.25],
+                                                                                       "trainings": trainings} | kept, "preset": preset})
     again = {"claim": "ours is better", "differences": [0.1, 0.2], "value": 0.1571, "low": -0.4, "high": 0.7142, "outcome": "undecided"}
     put(home, on_digits | {"id": "trainings", "title": "over trainings", "values": {"n_trainings": 2, "features": "pixels", "claims": [again]}})
     text, saved = report()
@@ -254,7 +257,8 @@ def test_stand_ins_bring_their_claims(report, home):
     assert 2e19 < total < 4e19 and f"| {total / (1_234 * 2.51e9) / 3600:,.0f} |" in text and "assumed" in text
     assert next(line for line in text.splitlines() if line.startswith("| scaling raises precision | precision, scaling − base")).endswith(", not judged |")
     assert "| recall ↑ | 0.414 ± 0.010 | 0.500 |" in text and "| FID ↓ | 4.10 |" in text  # Table 2 row by row: ours, and the printed one
-    for number_ in ("0.136", "-0.271 (-0.432 … 0.247)", "1.234", "4.234", "0.753", "0.616", "σ = 0.5, 1.2", "12 images"): assert number_ in text, number_
+    for number_ in ("0.136", "-0.271 (-0.432 … 0.247)", "1.234", "4.234", "0.753", "0.616", "σ = 1.2", "12 images", "| 4.234 | 4.000 |",
+                    "**L_DLSM′ collapsed**", "larger by their number (digits: 64)"): assert number_ in text, number_
 
 
 def test_smoke_report_of_nothing(report, home):
