@@ -267,7 +267,7 @@ def main(
     "Draw one sample set from the command line."
     parser = argparse.ArgumentParser("python -m dlsm.samples", description="Draw a set of images; a set that was interrupted goes on.")
     parser.add_argument("--dataset", default="digits", help="digits, cifar10 or cifar100")
-    parser.add_argument("--preset", default="smoke", help="smoke, demo or paper")
+    parser.add_argument("--preset", default="smoke", help="smoke, demo, paper, or for CIFAR cpu")
     parser.add_argument("--method", default="base", help=", ".join(LOSS_OF))
     parser.add_argument("--alpha", type=float, help="α of the guidance; else the method's own")
     parser.add_argument("--sampler", help="pc-N, heun-N or 2m-N; else the preset's")

@@ -271,7 +271,7 @@ def main(
     from dlsm.images import LOSSES, train  # it imports this module
     parser = argparse.ArgumentParser("python -m dlsm.training", description="Train on images; a training that was interrupted goes on.")
     parser.add_argument("--dataset", default="digits", help="digits, cifar10 or cifar100")
-    parser.add_argument("--preset", default="smoke", help="smoke, demo or paper")
+    parser.add_argument("--preset", default="smoke", help="smoke, demo, paper, or for CIFAR cpu")
     parser.add_argument("--stage", default="score", help=f"score, or a classifier after it: {', '.join(LOSSES)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", help="folder that holds CIFAR; else $DLSM_DATA, else it is downloaded")
