@@ -5,7 +5,7 @@ import torch
 from dlsm.data import moons
 from dlsm.dsm import perturb
 from dlsm.guidance import likelihood_score
-from dlsm.mismatch import calibration_error, image_oracle, mismatch
+from dlsm.mismatch import calibration_error, collapsed, image_oracle, mismatch
 from dlsm.moons import by_level
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.presets import MOONS
@@ -57,3 +57,10 @@ def test_by_level_knows_the_exact_classifier_and_the_one_that_knows_nothing():
     found = by_level(MOONS["smoke"], (3., 7.5), nets, "cpu", n=50)
     assert max(found["relative"]["exact"]) < 1e-5 and found["length"]["exact"] == pytest.approx([1, 1], abs=1e-5)
     assert found["relative"]["nothing"] == pytest.approx([1, 1]) and found["length"]["nothing"] == [0, 0] and found["zero"][0] > found["zero"][1] > 0
+
+
+def test_a_classifier_that_learned_nothing_is_told_from_one_that_is_unsure():
+    def rows(accuracy, ece): return [{"accuracy": a, "nll": 9., "ece": ece} for a in accuracy]
+    assert collapsed(rows((0.1, 0.1, 0.11), 0.9), 10)
+    assert not collapsed(rows((0.1, 0.1, 0.11), 0.01), 10)  # knows that it does not know
+    assert not collapsed(rows((0.1, 0.1, 0.4), 0.9), 10) and not collapsed(rows((0.5, 0.5, 0.5), 0.6), 10)
