@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'PARTS', 'LOSSES', 'CAUSES', 'SPREAD', 'ALPHA', 'Cause', 'score_net', 'fit_scores', 'oracle_scores',
-           'likelihood_scores', 'distance', 'noisy_points', 'curves', 'by_level', 'fit_classifiers', 'fit_parts',
-           'fit_causes', 'fit_sweep', 'timed', 'sample_moons', 'methods', 'oracle_method', 'errors']
+           'likelihood_scores', 'distance', 'noisy_points', 'curves', 'prior_error', 'by_level', 'fit_classifiers',
+           'fit_parts', 'fit_causes', 'fit_sweep', 'timed', 'sample_moons', 'methods', 'oracle_method', 'errors']
 
 # %% ../nbs/19_moons.ipynb #252f8e5b
 import dataclasses
@@ -190,6 +190,17 @@ def curves(
         return {"d_l": d_l.tolist(), "ce": ce.tolist()}
     return measure
 
+# %% ../nbs/19_moons.ipynb #19aa001b
+def prior_error(
+    preset:MoonsPreset, # the data set
+    score:Score, # a score model of all points
+    points:Tensor, # noisy points of one level [B, 2]
+    sigma:float, # this level
+)->float: # its mean error over the mean length of the exact score
+    "Measure the relative error of a prior score."
+    exact = oracle_scores(preset, points, sigma)["prior"]
+    return ((evaluate_on(score, points, sigma) - exact).norm(dim=1).mean() / exact.norm(dim=1).mean()).item()
+
 
 def by_level(
     preset:MoonsPreset, # the data set
@@ -215,6 +226,16 @@ def by_level(
     return found
 
 # %% ../nbs/19_moons.ipynb #59df4ac3
+def _priors(
+    preset:MoonsPreset, # settings
+    scores:Ensemble, # of `fit_scores`: three of each seed
+    n:int, # of so many seeds
+)->Ensemble: # the first of the three, copied
+    priors = Ensemble([score_net(preset)] * n)
+    for own, all_ in zip(priors.stacked, scores.stacked): own.data.copy_(all_.detach()[:3 * n:3])
+    return priors
+
+
 def _trainings(
     preset:MoonsPreset, # settings
     net:dict, # of `MLPClassifier`
@@ -234,9 +255,7 @@ def _trainings(
     oracle = parzen_score(x) if any(c.prior == "exact" for c in cause.values()) else None
     zero, size = torch.zeros(n, dtype=torch.long, device=device), torch.full((n,), len(x), device=device)
     model = nn.ModuleDict({name: _copies(lambda: MLPClassifier(**net), seeds) for name in rates}).to(device)
-    priors = {name: Ensemble([score_net(preset)] * n).to(device) for name, given in (("learned", scores), ("even", even)) if given}
-    for name, given in (("learned", scores), ("even", even)):
-        for own, all_ in zip(priors[name].stacked, given.stacked) if given else (): own.data.copy_(all_.detach()[:3 * n:3])
+    priors = {name: _priors(preset, given, n).to(device) for name, given in (("learned", scores), ("even", even)) if given}
 
     def ce(net, *batch): return ce_loss(net, *batch).mean()
     def total(power): return lambda net, x, y, sigma, noise, prior, lam: total_loss(net, lambda *_: prior, x, y, sigma, noise, lam, power).mean()
@@ -264,7 +283,7 @@ def _trainings(
     return {"model": model, "loss": loss, "steps": steps, "optimizer": optimizer, "decay": preset.lr_decay, "ema": preset.ema, "evaluate": evaluate,
             "checkpoint_every": preset.checkpoint_every}
 
-
+# %% ../nbs/19_moons.ipynb #19aa002b
 def fit_classifiers(
     preset:MoonsPreset, # settings
     form:str, # paper or joint, see `FORMS`
@@ -285,7 +304,7 @@ def fit_classifiers(
         if state.step < preset.eval_every and state.step & (state.step - 1) == 0: state.record.append({"step": state.step} | given["evaluate"](state))
         yield state
 
-
+# %% ../nbs/19_moons.ipynb #19aa003b
 def fit_parts(
     preset:MoonsPreset, # settings
     parts:Sequence[str], # of `PARTS`, that the paper's network is given
