@@ -368,7 +368,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                              'dlsm.report.scale': ('report.html#scale', 'dlsm/report.py'),
                              'dlsm.report.status_table': ('report.html#status_table', 'dlsm/report.py'),
                              'dlsm.report.table1_of': ('report.html#table1_of', 'dlsm/report.py'),
-                             'dlsm.report.table2_claims': ('report.html#table2_claims', 'dlsm/report.py'),
                              'dlsm.report.trained_for': ('report.html#trained_for', 'dlsm/report.py'),
                              'dlsm.report.trainings_of': ('report.html#trainings_of', 'dlsm/report.py')},
             'dlsm.resnet': { 'dlsm.resnet.Backbone': ('resnet.html#backbone', 'dlsm/resnet.py'),

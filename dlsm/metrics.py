@@ -164,6 +164,7 @@ def check_claim(
     claim:MethodClaim, # of `CLAIMS`, or `FAIR`
     difference:dict[str, float]|None, # method − other: value, low, high
     printed:dict[str, list]|None=None, # Table 2 of the paper, rows of [base, scaling, ours]
+    open_end:bool=False, # whether a best α that it is about is an end of the range that was tried
 )->dict: # claim, row, method, other, sign, of_paper, paper, difference, low, high, outcome, why
     "Judge a claim: its outcome is holds, undecided, the opposite holds (`dlsm.intervals.outcome`) or not measured."
     paper = None if printed is None or claim not in CLAIMS else printed[claim.row][METHODS.index(claim.method)] - printed[claim.row][METHODS.index(claim.other)]
@@ -173,4 +174,5 @@ def check_claim(
     told = outcome(**ends, sign=claim.sign)
     why = {"holds": "the whole interval has the claimed sign", "the opposite holds": "the whole interval has the opposite sign",
            "undecided": f"the interval contains 0: {'the sign is as claimed, but ' if claim.sign * value > 0 else ''}these images cannot tell"}[told]
+    if open_end: told, why = "undecided", f"{why}; a best α is an end of the range, so it may lie beyond"
     return found | {"difference": value} | ends | {"outcome": told, "why": why}

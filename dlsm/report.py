@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE1_CLAIMS', 'FIG5_CLAIMS', 'SAMPLER', 'PROPOSITION', 'LOSS_NAMES', 'SIGN', 'ITEMS', 'MISSING', 'table1_of',
            'fig5_of', 'each_training', 'check_table1', 'check_fig1', 'check_fig2', 'check_fig5', 'check_printed',
-           'claim_text', 'table2_claims', 'check_table2', 'check_fig3', 'check_fig4', 'Item', 'extent', 'trained_for',
-           'rows', 'others', 'trainings_of', 'rates_of', 'status_table', 'scale']
+           'claim_text', 'check_table2', 'check_fig3', 'check_fig4', 'Item', 'extent', 'trained_for', 'rows', 'others',
+           'trainings_of', 'rates_of', 'status_table', 'scale']
 
 # %% ../nbs/17d_report.ipynb #06aa2862
 from collections.abc import Callable
@@ -156,16 +156,6 @@ def claim_text(
     return claim["claim"].replace("FID", "Fréchet distance") if claim["row"] == "frechet_distance" else claim["claim"]
 
 
-def table2_claims(
-    result:dict, # Table 2
-    frontier:dict|None, # the frontiers of the same run
-)->list[dict]: # as `check_claim` judged them
-    "Give the claims of Table 2; where a best α is an end of the range, the one about best α is undecided: it may lie beyond."
-    open_end = frontier and frontier["values"].get("at_an_end_of_the_range")
-    beyond = {"outcome": "undecided", "why": "the best α is an end of the range and may lie beyond it"}
-    return [c | (beyond if open_end and not c.get("of_paper", True) and c["difference"] is not None else {}) for c in result["values"].get("claims", ())]
-
-
 def check_table2(result, beside):
     """Check Table 2: the rows that can be compared with the printed ones, and the claims that `07_evaluation` judged by their intervals.
 
@@ -173,7 +163,7 @@ def check_table2(result, beside):
     values = result["values"]
     def measure_of(c): return f"{c['row']}, difference to {METHOD_NAMES[c.get('other', 'base')].lower()}"
     claims = [{"claim": claim_text(c), "measure": measure_of(c), "paper": c["paper"], "ours": c["difference"], "low": c["low"], "high": c["high"], "rule": SIGN,
-               "judged": c.get("of_paper", True), "outcome": c["outcome"]} for c in table2_claims(result, beside("frontier"))]
+               "judged": c.get("of_paper", True), "outcome": c["outcome"]} for c in values.get("claims", ())]
     return [n for n in check_printed(result, beside)[0] if n["name"] in values.get("comparable", ())], claims
 
 

@@ -277,3 +277,10 @@ def test_numpy_arrays_and_one_metric_by_name():
     with pytest.warns(UserWarning, match="biased upwards"): assert fid(real, fake) == fid(*tensors) == fid(moments(real), moments(fake))
     for images, says in ((torch.zeros(9, 3, 4, 4), "expected .N, D."), (torch.zeros(0, 4), "0 images: a covariance needs at least 2")):
         with pytest.raises(ValueError, match=says): moments(images)
+
+
+def test_a_best_alpha_at_an_end_of_the_range_decides_nothing():
+    for value, word in ((2., "the opposite holds"), (-2., "holds")):
+        difference = {"value": value, "low": value - 1, "high": value + 1}
+        told, open_end = check_claim(FAIR, difference), check_claim(FAIR, difference, open_end=True)
+        assert told["outcome"] == word and open_end["outcome"] == "undecided" and "may lie beyond" in open_end["why"]

@@ -118,16 +118,6 @@ def test_what_the_text_says_of_pictures():
     assert [row("Fig. 4, CIFAR-10", [fig4(low)])["verdict"] for low in (0.6, 0.5)] == ["shape only", "not yet"]  # three of four bars may be chance
 
 
-def test_a_best_alpha_at_an_end_of_the_range_decides_nothing():
-    fair = {"claim": "with each classifier at its own best α, ours has the lower FID", "row": "frechet_distance", "other": "base", "of_paper": False, "paper": None,
-            "difference": 2., "low": 1., "high": 3., "outcome": "the opposite holds", "why": "so"}
-    table = MADE | {"id": "table2", "dataset": "cifar10", "paper": None, "values": {"claims": [fair], "images_per_class": 5}}
-    def told(ends):
-        frontier = MADE | {"id": "frontier", "dataset": "cifar10", "paper": None, "values": {"at_an_end_of_the_range": ends}}
-        return [c["outcome"] for c in row("Table 2, CIFAR-10", [table, frontier])["claims"]]
-    assert told([]) == ["the opposite holds"] and told(["base"]) == ["undecided"]
-
-
 def test_table_2_is_compared_where_it_can_be():
     "Numbers: those that the notebook names. Claims: the paper's are judged, ours is shown; an FID is called so where it is one."
     claims = [{"claim": f"{text}ours has the lower FID", "row": "frechet_distance", "other": "base", "of_paper": not text, "paper": -1.85,
