@@ -27,7 +27,7 @@ STORY = {
     "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
-    "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings"]),
+    "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings_frontier", "{dataset}/trainings"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
     "08b_levels":       (MOONS, ["04_moons"], ["moons/levels_causes"]),

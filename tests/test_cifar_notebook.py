@@ -89,7 +89,10 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     assert not (tmp_path/"runs/smoke/figures").exists()
     assert (tmp_path/"runs/cifar10/smoke/score-0/log.jsonl").exists()
     assert any("stage 1 on cifar10, preset smoke" in output.get("text", "") for cell in first.cells for output in cell.get("outputs", []))
-    run(stages="2", data_dir=str(Path(data).resolve()))
+    second = run(stages="2", data_dir=str(Path(data).resolve()))
+    for finished in (first, second):  # the pictures of stage 1 outlast their run
+        shown = [output for cell in finished.cells if cell.source.startswith("try: score = load_score") for output in cell.outputs]
+        assert any("image/png" in output.get("data", {}) for output in shown)
     result = json.loads((tmp_path/"runs/smoke/figures/cifar10/fig6.json").read_text(encoding="utf-8"))
     values = result["values"]
     assert result["dataset"] == "cifar10" and "smoke" in result["title"] and (tmp_path/"runs/smoke/figures/cifar10/fig6.png").exists()
