@@ -65,7 +65,7 @@ MOONS = {p.name: p for p in (
         lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3, lr_joint=3e-3, n_seeds=2, eval_every=20, checkpoint_every=60,
         n_samples=300, n_real=300, n_sampled_seeds=1, n_burn=15, n_levels=5),
     MoonsPreset(
-        name="demo", batch=192, steps_prior=1_500, steps=4_500, steps_joint=3_500, steps_sweep=600, steps_parts=1_000, steps_causes=1_500,
+        name="demo", batch=192, steps_prior=2_000, steps=4_500, steps_joint=3_500, steps_sweep=600, steps_parts=1_000, steps_causes=1_500,
         lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=100,
         n_samples=5_000, n_real=5_000, n_sampled_seeds=2, n_burn=30, n_levels=10),
     MoonsPreset(
