@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoints import fingerprint
 from .data import Images, batch_indices, each_once, to_unit
 from .evaluation_presets import CASSettings
 from .features import Network, check_images
-from .images import fingerprint
 from .networks import seeded
 from .runs import progress
 from .training import State, fit

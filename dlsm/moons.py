@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import fingerprint
 from .data import moons
 from .dsm import Score, dsm_loss, perturb
 from .guidance import Classifier, likelihood_score, posterior_score
@@ -299,8 +300,8 @@ def fit_classifiers(
         "paper": (preset.steps, {"ce": preset.lr_ce, "dlsm_prime": preset.lr_dlsm, "total": preset.lr_total}),
         "joint": (preset.steps_joint, dict.fromkeys(LOSSES, preset.lr_joint))}[form]
     given = _trainings(preset, FORMS[form], steps, rates, range(seed, seed + preset.n_seeds), scores, device)
-    for state in fit(**given, seed=seed + 1_000_003, folder=run_dir("moons", preset.name, f"classifiers-{form}-{seed}"), config=_config(preset, seed=seed, form=form),
-                     every=preset.eval_every):
+    for state in fit(**given, seed=seed + 1_000_003, folder=run_dir("moons", preset.name, f"classifiers-{form}-{seed}"),
+                     config=_config(preset, seed=seed, form=form, scores=fingerprint(scores)), every=preset.eval_every):
         if state.step < preset.eval_every and state.step & (state.step - 1) == 0: state.record.append({"step": state.step} | given["evaluate"](state))
         yield state
 
@@ -318,7 +319,8 @@ def fit_parts(
     given = _trainings(preset, {k: v for part in parts for k, v in PARTS[part].items()}, preset.steps_parts, dict.fromkeys(("ce", "total"), preset.lr_parts),
                        range(seed, seed + preset.n_parts), scores, device)
     yield from fit(**given, seed=seed + 3_000_003, folder=run_dir("moons", preset.name, f"parts-{'-'.join(parts) or 'none'}-{seed}"),
-                   config=_config(preset, seed=seed, parts=parts, steps=preset.steps_parts, n=preset.n_parts, lr=preset.lr_parts), every=preset.steps_parts)
+                   config=_config(preset, seed=seed, parts=parts, steps=preset.steps_parts, n=preset.n_parts, lr=preset.lr_parts, scores=fingerprint(scores)),
+                   every=preset.steps_parts)
 
 
 def fit_causes(
@@ -333,7 +335,8 @@ def fit_causes(
     rates = dict.fromkeys(("ce", "total", *CAUSES), preset.lr_parts)
     given = _trainings(preset, FORMS[form], preset.steps_causes, rates, range(seed, seed + preset.n_parts), scores, device, even)
     yield from fit(**given, seed=seed + 4_000_003, folder=run_dir("moons", preset.name, f"causes-{form}-{seed}"),
-                   config=_config(preset, seed=seed, form=form, causes=CAUSES, steps=preset.steps_causes, n=preset.n_parts, lr=preset.lr_parts), every=preset.steps_causes)
+                   config=_config(preset, seed=seed, form=form, causes=CAUSES, steps=preset.steps_causes, n=preset.n_parts, lr=preset.lr_parts,
+                                  scores=fingerprint(scores), even=fingerprint(even)), every=preset.steps_causes)
 
 # %% ../nbs/19_moons.ipynb #2e72e924
 def fit_sweep(

@@ -16,11 +16,12 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
+from .checkpoints import fingerprint
 from .cost import trained
 from .dsm import Score
 from .guidance import Classifier
 from .image_presets import IMAGES, ImagePreset
-from .images import LOSSES, _classifier_config, _config, classifier_net, fingerprint, load_classifier, load_score, score_net
+from .images import LOSSES, _classifier_config, _config, classifier_net, load_classifier, load_score, score_net
 from .kept import kept_index, rounded, write_kept
 from .monitor import read_log
 from .runs import ParameterError, device_name, pick_device, run_dir, sha256

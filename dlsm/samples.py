@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checkpoints import fingerprint
 from .dsm import Score
 from .guidance import Classifier, posterior_score
 from .image_presets import IMAGES, ImagePreset
-from .images import fingerprint, load_classifier, load_score
+from .images import load_classifier, load_score
 from .noise import image_noise
 from .parallel import process_device, team
 from .runs import ParameterError, atomic_path, atomic_write, find_root, pick_device, sha256
