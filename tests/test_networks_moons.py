@@ -147,3 +147,19 @@ def test_each_cause_has_its_own_prior_power_and_lambda(tmp_path, monkeypatch):
         for name, (prior, power, lam) in (usual | dlsm.moons.CAUSES).items():
             expected += total_loss(given["model"][name].member(i), priors[prior], *batch, lam, power).mean()
     torch.testing.assert_close(given["loss"](given["model"], torch.Generator().manual_seed(1)), expected, rtol=1e-5, atol=0.)
+
+
+def test_a_classifier_knows_whose_score_models_it_was_trained_with(tmp_path, monkeypatch):
+    "What was trained beside others is refused by name, finished or not."
+    import dlsm.moons
+    from dlsm.presets import MOONS
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    preset = dataclasses.replace(MOONS["smoke"], steps_prior=2, steps=2, steps_parts=2, batch=8)
+    for state in dlsm.moons.fit_scores(preset, 0, "cpu"): scores = state.ema
+    trainings = (lambda: dlsm.moons.fit_classifiers(preset, "paper", 0, scores, "cpu"), lambda: dlsm.moons.fit_parts(preset, ["layer"], 0, scores, "cpu"))
+    for states in trainings:
+        for state in states(): pass
+        assert [state.step for state in states()] == [2]  # finished, with the same score models
+    with torch.no_grad(): scores.stacked[0][0] += 1e-3
+    for states in trainings:
+        with pytest.raises(ValueError, match="of another configuration: scores='[0-9a-f]{16}' there and '[0-9a-f]{16}' here"): next(states())
