@@ -46,7 +46,7 @@ SAMPLING = {
                        **_FAST | dict(sampler="2m-9", shard=50, alphas=(1., 10.))),
         SamplingPreset("demo", "digits", n_per_class=150, n_frontier=50, n_compare=5,
                        compared=("heun-5", "heun-9", "heun-18", "2m-9", "2m-18", "2m-36", "pc-18", "pc-100", "pc-1000"),
-                       **_FAST | dict(sampler="2m-18")),
+                       **_FAST | dict(sampler="2m-18", alphas=(0.5, 1., 1.5, 2., 3., 5., 10., 20.))),
     ),
 }
 for _name, _k in (("cifar10", 10), ("cifar100", 100)):
