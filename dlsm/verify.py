@@ -66,7 +66,7 @@ def save_record(
                        table=f"{table}\n{control_line(record['control'])}\n")
 
 # %% ../nbs/17g_verify.ipynb #71218701
-UNASKED = ("trainings",)  # results of notebooks that run only if asked for: as long again as all the rest
+UNASKED = ("trainings", "trainings_frontier")  # results of notebooks that run only if asked for: as long again as all the rest
 
 
 def fresh_clone(
