@@ -44,7 +44,7 @@ class ClassifierSettings:
     warmup:int = 0             # steps of linear warm-up
     decay:str = "constant"     # constant or cosine
     ema:float|None = None      # decay of the moving average of the weights; None: no average
-    clip:float = 1.            # largest norm of the gradient
+    clip:float|None = 1.       # largest norm of the gradient; None: not clipped
     flips:bool = False         # mirror half of the images
     t_min:float = 1e-5         # levels are σ_min (σ_max/σ_min)^t with t uniform in [t_min, 1]
     power:float = 0.           # the residual of DLSM′ is multiplied by σ^power

@@ -208,10 +208,10 @@ def by_level(
     levels:Sequence[float], # noise levels
     nets:dict[str, Classifier], # by name
     device:torch.device|str, # where to measure
-    n:int=2000, # points of each level
+    n:int|None=None, # points of each level; None: 2,000, or as many as `preset.n_real` if that is less
 )->dict[str, list]: # relative: D_L / zero score by name, length: of the gradient / of the exact one by name, zero: D_L of the zero score; each [levels]
     "Measure gradients of classifiers at several noise levels, at points of p_σ, the same for all."
-    x, generator = moons(preset.n_points)[0].to(device), torch.Generator().manual_seed(2**31 + 1)
+    x, generator, n = moons(preset.n_points)[0].to(device), torch.Generator().manual_seed(2**31 + 1), n or min(2000, preset.n_real)
     index, noise = torch.randint(len(x), (n,), generator=generator).to(device), torch.randn(n, 2, generator=generator).to(device)
     found = {"relative": {name: [] for name in nets}, "length": {name: [] for name in nets}, "zero": []}
     for level in levels:
