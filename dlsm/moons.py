@@ -362,10 +362,10 @@ def fit_sweep(
         index, sigma, noise = (t[0] for t in _draw(preset, zero, size, generator))
         with torch.no_grad(): found = prior(perturb(x[index], sigma, noise), sigma)
         return together(model, x[index], y[index], sigma, noise, found)
-    optimizer = torch.optim.Adam(model.parameters(), preset.lr_total if form == "paper" else preset.lr_joint, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), preset.lr_parts, fused=True)
     yield from fit(model, loss, preset.steps_sweep, optimizer, seed + 2_000_003, run_dir("moons", preset.name, f"sweep-{form}-{seed}"),
-                   _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep), decay=preset.lr_decay, ema=preset.ema,
-                   evaluate=lambda state: measure([state.ema]), every=preset.steps_sweep, checkpoint_every=preset.checkpoint_every)
+                   _config(preset, seed=seed, form=form, lams=preset.lams, powers=preset.powers, steps=preset.steps_sweep, lr=preset.lr_parts),
+                   decay=preset.lr_decay, ema=preset.ema, evaluate=lambda state: measure([state.ema]), every=preset.steps_sweep, checkpoint_every=preset.checkpoint_every)
 
 # %% ../nbs/19_moons.ipynb #d93b1f02
 def timed(

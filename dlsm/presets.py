@@ -40,8 +40,8 @@ class MoonsPreset:
     steps_sweep:int      # steps of each training of the sweep
     steps_parts:int      # … and of each network that the parts of the joint form make
     steps_causes:int     # … and with each prior score and weighting of σ
-    n_parts:int = 3                        # trainings of each of these two kinds
-    lr_parts:float = 3e-3                  # their learning rate, under any loss
+    n_parts:int = 3                        # trainings of each of the last two kinds
+    lr_parts:float = 3e-3                  # learning rate of the last three, under any loss
     checkpoint_every:int = 1_000           # steps between two checkpoints
     lr_decay:str = "cosine"                # constant or cosine (to zero at the last step)
     ema:float|None = 0.999                 # decay of the moving average of the weights; None: no average
@@ -69,7 +69,7 @@ MOONS = {p.name: p for p in (
         lr_prior=3e-3, lr_ce=3e-3, lr_dlsm=5e-3, lr_total=5e-3, lr_joint=3e-3, n_seeds=5, eval_every=100,
         n_samples=5_000, n_real=5_000, n_sampled_seeds=2, n_burn=30, n_levels=10),
     MoonsPreset(
-        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, steps_joint=0, steps_sweep=40_000, steps_parts=10_000, steps_causes=10_000,
+        name="paper", batch=4_000, steps_prior=40_000, steps=40_000, steps_joint=0, steps_sweep=10_000, steps_parts=10_000, steps_causes=10_000,
         lr_prior=6.5e-4, lr_ce=1e-5, lr_dlsm=2e-5, lr_total=1e-5, lr_joint=0., forms=("paper",), lr_decay="constant", ema=None, score_net="paper", stratified=False,
         n_seeds=5, eval_every=200, n_samples=10_000, n_real=5_000, n_sampled_seeds=5, n_burn=200, n_levels=100),
 )}
