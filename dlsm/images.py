@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'score_net', 'classifier_net', 'batches', 'score_loss', 'classifier_loss', 'fit_score', 'fit_classifier',
-           'load_score', 'load_classifier', 'train', 'crossing']
+           'estimate_classifier', 'load_score', 'load_classifier', 'train', 'crossing']
 
 # %% ../nbs/13b_images.ipynb #263241c7
 import dataclasses
@@ -119,6 +119,28 @@ def _layout(config:dict)->torch.memory_format: # of `_config`
     return torch.channels_last if config.get("nf", config.get("width")) % 8 == 0 else torch.contiguous_format
 
 
+def _cost(
+    title:str, # of the training
+    model:nn.Module, # to be trained
+    loss:Callable[..., Tensor], # loss(model, x, y, sigma, noise) -> [B]
+    preset:ImagePreset, # the run's
+    settings:ScoreSettings|ClassifierSettings, # of the stage
+    images:Images, # on the device
+    seed:int, # of the batches
+    steps:int, # still to do
+    gradient_in_loss:bool, # whether the loss differentiates the model
+    micro:int|None, # images at a time
+    processes:int=1, # that share a batch
+)->dict: # of `estimate`
+    "Print what a training costs."
+    stage1, fast = isinstance(settings, ScoreSettings), images.x.device.type == "cuda"
+    batch = batches(images, preset, settings, seed)(0, step_generator(seed, 0, images.x.device))
+
+    def work(net, n):
+        with nullcontext() if stage1 else full_float32(): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=preset.bf16 and fast and stage1)
+    return estimate(title, model, work, settings.batch, steps, len(images.x), micro, processes, gradient_in_loss, compiled=preset.compiled and fast)
+
+
 def _train(
     title:str, # of the training
     net:Callable[[], nn.Module], # builds the network
@@ -146,11 +168,8 @@ def _train(
     if not resume and rank == 0: shutil.rmtree(folder)
     any_process(False, processes, device)  # all wait until it is removed
     done = load_checkpoint(folder, config)
-    if rank == 0:
-        batch = draw(0, step_generator(seeds[1], 0, device))
-        def work(net, n):
-            with nullcontext() if stage1 else full_float32(): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=bf16)
-        estimate(title, model, work, settings.batch, settings.steps - (done["step"] if done else 0), len(images.x), micro, processes, gradient_in_loss, compiled=compiled)
+    left = settings.steps - (done["step"] if done else 0)
+    if rank == 0: _cost(title, model, loss, preset, settings, images, seeds[1], left, gradient_in_loss, micro, processes)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], settings.lr)
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
                    micro=micro, bf16=bf16, tf32=stage1, compiled=compiled, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
@@ -184,6 +203,22 @@ def fit_classifier(
     folder, settings = run_dir(preset.dataset, preset.name, f"classifier-{loss}-{seed}"), preset.classifier
     yield from _train(f"stage 2 on {preset.dataset}, preset {preset.name}, {loss}", partial(classifier_net, preset), classifier_loss(loss, settings, score), preset,
                       settings, images, (seed, seed + 1_000_003), folder, _classifier_config(preset, loss, seed, score), loss != "ce", resume, micro, minutes)
+
+
+def estimate_classifier(
+    preset:ImagePreset, # settings, from `IMAGES`
+    images:Images, # of `image_data`, on the device
+    seed:int=0, # of weights and batches
+    micro:int|None=None, # images at a time; None: all
+)->dict: # parameters, seconds, images_per_s, bytes
+    """Print what a classifier under L_Total will cost, beside a score model that need not be trained yet.
+
+    L_CE costs less, L_DLSM′ a little less. Raises `MemoryError`, one line, if there is too little memory."""
+    device = images.x.device
+    score = seeded(partial(score_net, preset), seed).eval().requires_grad_(False).to(device)
+    net = seeded(partial(classifier_net, preset), seed).to(device, memory_format=_layout(dataclasses.asdict(preset.classifier)))
+    return _cost(f"stage 2 on {preset.dataset}, preset {preset.name}, each of its classifiers", net, classifier_loss("total", preset.classifier, score), preset,
+                 preset.classifier, images, seed + 1_000_003, preset.classifier.steps, True, micro)
 
 
 def _classifier_config(preset:ImagePreset, loss:str, seed:int, score:nn.Module)->dict:

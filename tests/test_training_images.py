@@ -26,6 +26,7 @@ from dlsm.images import (
     classifier_loss,
     classifier_net,
     crossing,
+    estimate_classifier,
     fingerprint,
     fit_classifier,
     fit_score,
@@ -226,6 +227,22 @@ def test_too_little_memory_is_one_line(digits):
         estimate("stage 2", net, work, 6, 10, 100, available=1e5)
     assert "\n" not in str(error.value)
     assert estimate("stage 2", net, work, 6, 10, 100)["seconds"] > 0
+
+
+def test_stage_2_is_estimated_before_stage_1(runs, digits, monkeypatch, capsys):
+    "Nobody waits for a score model beside which the machine cannot train a classifier; and looking changes no number."
+    state = torch.random.get_rng_state()
+    found = estimate_classifier(TINY, digits)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    told = capsys.readouterr().out
+    assert "each of its classifiers" in told and f"{TINY.classifier.steps} steps of {TINY.classifier.batch}" in told and not any(runs.glob("*/*"))
+    assert found["parameters"] == sum(p.numel() for p in classifier_net(TINY).parameters()) and found["seconds"] > 0
+    finish(fit_score(TINY, digits))
+    finish(fit_classifier(TINY, digits, "total", load_score(TINY)))
+    assert f"{found['bytes'] / 1e6:,.0f} MB" in capsys.readouterr().out.splitlines()[-1]  # the same, with the score model there
+    monkeypatch.setattr("dlsm.monitor.free_memory", lambda device: 1e5)
+    with pytest.raises(MemoryError, match="too little memory for stage 2 on digits, preset tiny, each of its classifiers") as error: estimate_classifier(TINY, digits)
+    assert "\n" not in str(error.value)
 
 
 def test_an_allocation_that_fails_on_a_cpu_is_one_line(digits):
