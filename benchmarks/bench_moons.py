@@ -11,7 +11,8 @@ import torch
 from dlsm.data import moons
 from dlsm.dsm import dsm_loss, perturb
 from dlsm.losses import ce_loss, total_loss
-from dlsm.moons import FORMS, LOSSES, curves, fit_classifiers, score_net
+from dlsm.moons import FORMS, LOSSES, fit_classifiers, score_net
+from dlsm.moons_measures import curves
 from dlsm.networks import Ensemble, MLPClassifier, seeded
 from dlsm.presets import MOONS
 from dlsm.runs import pick_device

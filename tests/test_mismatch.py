@@ -6,7 +6,7 @@ from dlsm.data import moons
 from dlsm.dsm import perturb
 from dlsm.guidance import likelihood_score
 from dlsm.mismatch import calibration_error, collapsed, image_oracle, mismatch
-from dlsm.moons import by_level
+from dlsm.moons_measures import by_level
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.presets import MOONS
 
