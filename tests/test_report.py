@@ -7,8 +7,9 @@ import numpy as np
 import papermill
 import pytest
 
+from dlsm.checks import TABLE1_CLAIMS
 from dlsm.plots import METHOD_NAMES
-from dlsm.report import ITEMS, TABLE1_CLAIMS, others, rows, status_table
+from dlsm.report import ITEMS, others, rows, status_table
 from dlsm.runs import atomic_write, load_result, paper, sha256
 from dlsm.verdicts import VERDICTS, Claim, exists, markdown_table, number, read_results, verdict
 
