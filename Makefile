@@ -30,8 +30,8 @@ verify: .venv/.ready ## run everything in a fresh clone and compare every value 
 lab: .venv/.ready ## open JupyterLab on the index
 	@$(python) -m jupyter lab nbs/index.ipynb
 
-bench: .venv/.ready ## run the benchmarks
-	@$(python) -m pytest benchmarks --benchmark-enable -s
+bench: .venv/.ready ## run the benchmarks and keep what they compare in figures/benchmarks/
+	@$(python) -m pytest benchmarks --benchmark-enable --keep -s
 
 export: .venv/.ready ## write dlsm/ from the notebooks, and clean the notebooks
 	@.venv/bin/nbdev_export && .venv/bin/nbdev_clean

@@ -54,7 +54,7 @@ def measured(way, d, n=N):
 
 @pytest.mark.parametrize("d", (64, 2048))
 @pytest.mark.parametrize("way", WAYS)
-def test_prdc(benchmark, way, d):
+def test_prdc(benchmark, compare, way, d):
     if not benchmark.enabled: pytest.skip("needs --benchmark-enable")
     result = benchmark.pedantic(lambda: measured(way, d), rounds=1)
     seen[way, d] = result
@@ -63,6 +63,9 @@ def test_prdc(benchmark, way, d):
     if way == "ours":
         theirs = seen["prdc", d]
         print(f"{theirs['seconds'] / result['seconds']:.1f} times as fast" + (f", {result['bytes'] / theirs['bytes']:.2f} of the memory" if known else ""))
+        what = f"precision, recall, density and coverage of {N:,} × {N:,}, {d:,} features"
+        compare(what, result["seconds"], "prdc 0.2", theirs["seconds"], aim={64: 3, 2048: 1.5}[d])
+        if known: compare(f"{what}: memory", result["bytes"] / 1e6, "prdc 0.2", theirs["bytes"] / 1e6, "MB", aim=4)
         assert all(abs(result[name] - theirs[name]) < 1e-5 for name in ("precision", "recall", "density", "coverage"))
     if not known: pytest.skip("memory is read from /proc, and there is none: only time was compared")
 

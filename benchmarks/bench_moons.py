@@ -74,18 +74,18 @@ def train_classifier(preset, form, name, score, steps):
 
 
 @pytest.mark.parametrize("name", ["demo", "paper"])
-def test_fifteen_trainings_together(benchmark, capsys, name):
+def test_fifteen_trainings_together(benchmark, compare, capsys, name):
     "Five seeds of three losses, as one batched computation (on a GPU compiled where the preset is long) against one after the other, as PyTorch runs it."
     steps = 10 if DEVICE.type == "cpu" else 100
     preset = dataclasses.replace(MOONS[name], eval_every=10**9, checkpoint_every=10**9)
     scores = Ensemble([score_net(preset)] * 3 * preset.n_seeds).to(DEVICE)
 
-    def compare():
+    def both():
         together = seconds_per_step(fit_classifiers(preset, "paper", 0, scores, DEVICE), steps)
         alone = [seconds_per_step(train_classifier(preset, "paper", loss, scores.member(0), preset.steps), steps) for loss in LOSSES]
         return together, preset.n_seeds * sum(alone)
-    together, alone = benchmark.pedantic(compare, rounds=1)
-    benchmark.extra_info |= {"together": together, "one_at_a_time": alone, "ratio": alone / together}
+    together, alone = benchmark.pedantic(both, rounds=1)
+    compare(f"a step of fifteen trainings, preset {name}, batch {preset.batch:,}", together, "one after the other", alone, aim=10 if DEVICE.type == "cuda" else None)
     with capsys.disabled():
         print(f"\n{3 * preset.n_seeds} trainings, preset {name}, batch {preset.batch:,}, {DEVICE}: {1e3 * together:.1f} ms a step together, "
               f"{1e3 * alone:.1f} ms one at a time, ratio {alone / together:.1f}")
@@ -102,20 +102,20 @@ def time_to_error(preset):
     raise AssertionError(f"D_L is {error:.3f} after {preset.steps_joint} steps; expected {ERROR}")
 
 
-def test_time_to_error(benchmark, capsys):
+def test_time_to_error(benchmark, compare, capsys):
     """The demo's recipe, trained until D_L ≤ 0.06, against the paper's at its own step count.
 
     The paper's 40,000 + 40,000 steps are not run: its seconds per step are measured on a few, and multiplied."""
     demo, paper, few = MOONS["demo"], MOONS["paper"], 10 if DEVICE.type == "cpu" else 100
 
-    def compare():
+    def both():
         first = seconds_per_step(train_score(paper, few + 3), few)
         prior = seeded(lambda: score_net(paper), 0).to(DEVICE)
         second = seconds_per_step(train_classifier(paper, "paper", "total", prior, few + 3), few)
         return (*time_to_error(demo), first, second)
-    ours, step, error, first, second = benchmark.pedantic(compare, rounds=1)
+    ours, step, error, first, second = benchmark.pedantic(both, rounds=1)
     theirs = first * paper.steps_prior + second * paper.steps
-    benchmark.extra_info |= {"ours": ours, "paper_extrapolated": theirs, "ratio": theirs / ours}
+    compare(f"training until D_L ≤ {ERROR} on the moons", ours, f"the paper's recipe, extrapolated from {few} steps", theirs, aim=30)
     with capsys.disabled():
         print(f"\n{DEVICE}: D_L = {error:.3f} after {ours:.1f} s ({demo.steps_prior:,} + {step:,} steps, batch {demo.batch}); the paper's "
               f"recipe takes {theirs:.0f} s ({paper.steps_prior:,} × {1e3 * first:.1f} ms + {paper.steps:,} × {1e3 * second:.1f} ms, "

@@ -123,7 +123,7 @@ def job(work, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("work", WORK)
-def test_throughput(benchmark, peak, work, way):
+def test_throughput(benchmark, compare, peak, work, way):
     with plain_float32():
         todo = job(work, way)
 
@@ -135,6 +135,7 @@ def test_throughput(benchmark, peak, work, way):
     seconds, rate = benchmark.stats["min"], peak[torch.bfloat16 if way == "fast" else torch.float32]
     seen[work, way] = todo.batch / seconds
     benchmark.extra_info |= {"images_per_s": seen[work, way], "share_of_peak": todo.flops / seconds / rate}
+    compare(f"{work}, {way}, batch {todo.batch}", seconds, "its operations at the measured rate of products", todo.flops / rate, aim=0.25 if way == "fast" else None)
     gain = f"; {seen[work, way] / seen[work, 'plain']:.1f} times plain" if way == "fast" and (work, "plain") in seen else ""
     share = f"{todo.flops / seconds / rate:.1%} of the measured {'bfloat16' if way == 'fast' else 'float32'} rate"
     bounds = f"operations alone {1e3 * todo.flops / rate:.1f} ms, memory alone {1e3 * todo.bytes / peak['copy']:.1f} ms"

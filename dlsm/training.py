@@ -60,12 +60,23 @@ class State:
     norm: Tensor|None = None  # of the gradient before clipping, where it is clipped
 
 # %% ../nbs/13_training.ipynb #e963d3fd
-def _load(state:State, optimizer:torch.optim.Optimizer, saved:dict):
-    "Put a checkpoint into the model, its average and the optimiser."
+def _resume(
+    state:State, # gets what was saved
+    optimizer:torch.optim.Optimizer, # likewise
+    folder:Path, # of checkpoints
+    config:dict, # identifies the run
+    settings:dict, # of `_settings`
+)->bool: # whether there is a checkpoint
+    "Put the newest checkpoint into the model, its average and the optimiser, if it is of this training."
+    saved = load_checkpoint(folder, config, next(state.model.parameters()).device)
+    if not saved: return False
+    if differs := differences(saved["state"].get("settings", settings), settings):
+        raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     state.model.load_state_dict(saved["weights"]["model"])
     if state.ema is not state.model: state.ema.load_state_dict(saved["weights"]["ema"])
     optimizer.load_state_dict(saved["state"]["optimizer"])
     state.step, state.record = saved["step"], saved["record"]
+    return True
 
 
 def _settings(
@@ -132,17 +143,13 @@ def fit(
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
     settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
-    saved = load_checkpoint(folder, config or {}, device) if folder else None
-    if saved and (differs := differences(saved["state"].get("settings", settings), settings)):
-        raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
-    if saved: _load(state, optimizer, saved)
+    resumed = bool(folder) and _resume(state, optimizer, Path(folder), config or {}, settings)
     check_same(state.step, f"checkpoints in {folder}, of the steps", rank, processes, device)
-    saved = bool(saved)  # its tensors would stay in memory
     if folder and state.step < steps and rank == 0: _check_folder(Path(folder))
-    if saved and state.step >= steps and not config:
+    if resumed and state.step >= steps and not config:
         warnings.warn(f"{folder} holds this training, finished at step {state.step}: nothing is trained. `config` tells trainings apart", stacklevel=2)
     modes = [(module, module.training or not model.training) for module in model.modules()]  # layers in eval mode stay so
-    if evaluate and not saved: _measure(evaluate, state)
+    if evaluate and not resumed: _measure(evaluate, state)
     peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
     log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
