@@ -467,6 +467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.training.step_generator': ('training.html#step_generator', 'dlsm/training.py')},
             'dlsm.verdicts': { 'dlsm.verdicts.Claim': ('verdicts.html#claim', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.Claim.check': ('verdicts.html#claim.check', 'dlsm/verdicts.py'),
+                               'dlsm.verdicts.Claim.interval': ('verdicts.html#claim.interval', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.Claim.outcome': ('verdicts.html#claim.outcome', 'dlsm/verdicts.py'),
                                'dlsm.verdicts._not_holding': ('verdicts.html#_not_holding', 'dlsm/verdicts.py'),
                                'dlsm.verdicts.duration': ('verdicts.html#duration', 'dlsm/verdicts.py'),

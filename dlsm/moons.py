@@ -85,9 +85,10 @@ def _config(
     **more, # plain values
 )->dict: # identifies a training
     "Keep what determines the weights of a training; a checkpoint of another is refused."
-    sampling = {"name", "n_samples", "n_real", "n_sampled_seeds", "n_burn", "n_levels", "k", "checkpoint_every", "sigma_eval", "steps_sweep", "lams", "powers",
-                "steps_parts", "n_parts", "lr_parts", "steps_causes"}
-    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in sampling} | more
+    elsewhere = {  # of sampling and measuring, or of trainings that name them themselves
+        "name", "n_samples", "n_real", "n_sampled_seeds", "n_burn", "n_levels", "k", "checkpoint_every", "sigma_eval", "steps_sweep", "lams", "powers",
+        "steps_parts", "n_parts", "lr_parts", "steps_causes"}
+    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in elsewhere} | more
 
 # %% ../nbs/19_moons.ipynb #b482c907
 def fit_scores(

@@ -57,7 +57,7 @@ class State:
     ema: nn.Module  # its moving average; the network itself if there is none
     loss: Tensor|None = None  # of this step, on the device; None for a run that was finished before
     record: list = field(default_factory=list)  # what `evaluate` gave, one dict each, with its step
-    norm: Tensor|None = None  # of the gradient before clipping, where it is clipped
+    norm: Tensor|None = None  # of the gradient before clipping, where it is clipped or logged
 
 # %% ../nbs/13_training.ipynb #e963d3fd
 def _resume(
@@ -167,9 +167,10 @@ def fit(
         with nullcontext() if tf32 else full_float32():
             images = _backward(state, loss, draw, step_generator(seed, state.step, device), (rank, processes, micro, bf16), held)
         if clip: state.norm = nn.utils.clip_grad_norm_(held, clip)
+        elif draw and log_every: state.norm = nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
         optimizer.step()
         state.step += 1
-        recent.append(torch.stack([state.loss, state.norm]) if clip else state.loss[None])
+        recent.append(state.loss[None] if state.norm is None else torch.stack([state.loss, state.norm]))
         if compiled and not warm: since, untimed = time.monotonic(), len(recent)  # compiling is not training
         warm = True
         if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))

@@ -61,6 +61,7 @@ class Claim:
     low: float = -math.inf  # the claim holds if low ≤ size ≤ high
     high: float = math.inf
     judged: bool = True  # whether a verdict depends on it
+    ratio: bool = False  # whether the size is a ratio: its interval is that of its logarithm
 
     def check(self,
         ours:dict|None, # our numbers
@@ -74,10 +75,18 @@ class Claim:
         size = value(ours)
         bounds = [f"≥ {self.low:g}"] * math.isfinite(self.low) + [f"≤ {self.high:g}"] * math.isfinite(self.high)
         sizes = [s for s in map(value, trainings) if s is not None]
-        low, high = mean_interval(np.mean(sizes), sizes) if size is not None and len(sizes) > 1 else (None, None)
+        low, high = (None, None) if size is None or len(sizes) < 2 else self.interval(sizes)
         return {"claim": self.text, "measure": self.measure, "paper": value(printed), "ours": size, "low": low, "high": high,
                 "rule": " and ".join(bounds) or "shown", "judged": self.judged,
                 "outcome": self.outcome(*((size, size) if low is None else (low, high))) if size is not None and bounds else "not measured"}
+
+    def interval(self,
+        sizes:list[float], # of each training
+    )->tuple[float, float]: # low, high
+        "Give the 95% interval of the mean over trainings, of a ratio that of the geometric mean."
+        if not self.ratio: return mean_interval(np.mean(sizes), sizes)
+        logs = np.log(sizes)
+        return tuple(np.exp(mean_interval(logs.mean(), logs)).tolist())
 
     def outcome(self,
         low:float, # of the size

@@ -56,6 +56,16 @@ def row(what, results): return next(r for r in rows(results) if r["what"] == wha
 
 # ---- rules
 
+def test_the_interval_of_a_ratio_is_that_of_its_logarithm():
+    claim = Claim("more", "a / b", lambda t: t["a"] / t["b"], low=1., ratio=True)
+    trainings = [{"a": a, "b": 1.} for a in (1.2, 1.3, 40., 60., 50.)]
+    told = claim.check({"a": 30.5, "b": 1.}, None, trainings)
+    logs = np.log([t["a"] for t in trainings])
+    assert 0 < told["low"] < np.exp(logs.mean()) < told["high"] and told["low"] * told["high"] == pytest.approx(np.exp(2 * logs.mean()))
+    turned = Claim("less", "b / a", lambda t: t["b"] / t["a"], high=1., ratio=True).check({"a": 30.5, "b": 1.}, None, trainings)
+    assert turned["high"] == pytest.approx(1 / told["low"]) and turned["outcome"] == told["outcome"]  # whichever is on top
+
+
 def test_numbers():
     assert number("a", 1., 1.25, 0.25)["ok"] and not number("a", 1., 1.26, 0.25)["ok"] and not number("a", 1., 0.7, 0.25)["ok"]
     assert number("a", 1., 0.1, 0.25, less_is_fine=True)["ok"] and not number("a", 1., 1.3, 0.25, less_is_fine=True)["ok"]

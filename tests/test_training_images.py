@@ -37,6 +37,7 @@ from dlsm.images import (
     train,
 )
 from dlsm.monitor import estimate, read_log
+from dlsm.networks import seeded
 from dlsm.parallel import gradients
 from dlsm.precond import EDMPrecond
 from dlsm.training import fit, step_generator
@@ -218,6 +219,16 @@ def test_a_loss_that_is_not_finite_names_step_levels_and_checkpoint(tmp_path, di
         return draw(step, generator)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 9 \(σ from .* to .*\); last good checkpoint: step-00000005; look at the data, or try"):
         finish(fit(net, fails, 20, torch.optim.Adam(net.parameters()), 0, tmp_path, draw=counted, clip=1., checkpoint_every=5, log_every=5))
+
+
+def test_the_log_has_the_norm_of_the_gradient_clipped_or_not(tmp_path, digits):
+    def run(clip):
+        net, draw = seeded(lambda: score_net(TINY), 0), batches(digits, TINY, TINY.score, 0)
+        finish(fit(net, score_loss(TINY.score), 1, torch.optim.Adam(net.parameters()), 0, tmp_path/str(clip), draw=draw, clip=clip, log_every=1))
+        return read_log(tmp_path/str(clip))[-1]["grad_norm"], net
+    (clipped, _), (free, net) = run(1.), run(None)
+    assert free == pytest.approx(clipped, rel=1e-5) and free > 1
+    assert free == pytest.approx(sum(p.grad.square().sum().item() for p in net.parameters() if p.grad is not None)**0.5, rel=1e-4)
 
 
 def test_too_little_memory_is_one_line(digits):
