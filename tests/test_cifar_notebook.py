@@ -24,9 +24,10 @@ WRONG = [  # injected parameters, a change of the world, the line
     ({"dataset": "cifar10", "data_dir": "damaged"}, "", "cifar-10-batches-py is damaged or incomplete: delete that folder"),
     ({"dataset": "cifar10", "data_dir": "unreadable"}, "", "cannot be read or written (Permission denied): check data_dir"),
     ({"stages": "2"}, "", "score-0 of digits, preset smoke, has not been trained: run `papermill nbs/05_cifar.ipynb"),
-    ({}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 1 on digits, preset smoke"),
+    ({}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 2 on digits, preset smoke, each of its classifiers"),
+    ({"stages": "1"}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 1 on digits, preset smoke"),
 ]
-LATE = WRONG[-2:]  # told by the cells that begin the work
+LATE = WRONG[-3:]  # told by the cells that begin the work
 
 
 def source_of(notebook):
