@@ -25,9 +25,8 @@ WRONG = [  # injected parameters, a change of the world, the line
     ({"dataset": "cifar10", "data_dir": "unreadable"}, "", "cannot be read or written (Permission denied): check data_dir"),
     ({"stages": "2"}, "", "score-0 of digits, preset smoke, has not been trained: run `papermill nbs/05_cifar.ipynb"),
     ({}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 2 on digits, preset smoke, each of its classifiers"),
-    ({"stages": "1"}, "import dlsm.monitor\ndlsm.monitor.free_memory = lambda device: 1e5", "too little memory for stage 1 on digits, preset smoke"),
 ]
-LATE = WRONG[-3:]  # told by the cells that begin the work
+LATE = WRONG[-2:]  # told by the cells that begin the work
 
 
 def source_of(notebook):
@@ -69,7 +68,8 @@ def test_wrong_parameters_are_one_line_each(root, folders):
     told = [error for error in errors if error.ename == "ParameterError"]
     for (given, _, line), error in zip(cases, told):
         assert line in error.traceback[0] and len(error.traceback) == 1 and "\n" not in error.traceback[0], (given, error.traceback)
-    assert len(told) == len(cases) + 1  # stage 2 without a score model is told by the cell that loads it; the last case stops twice
+    assert len(told) == len(cases) + 2  # stage 2 without a score model is told by the cell that loads it; the last case stops there too, and before it in stage 1
+    assert "too little memory for stage 1 on digits, preset smoke" in told[-2].traceback[0] and "has not been trained" in told[-1].traceback[0]
     assert not list(folders.glob("runs/**/step-*")) and not list(folders.glob("runs/**/*.json"))
 
 
