@@ -63,7 +63,7 @@ def any_process(yes:bool, processes:int, device:torch.device)->bool:
     if processes > 1: add_up([count])
     return count.item() > 0
 
-
+# %% ../nbs/13d_parallel.ipynb #13d00002
 def gradients(
     model:nn.Module, # its gradients are added to
     loss:Callable[..., Tensor], # loss(model, **batch) -> [b]
