@@ -16,8 +16,8 @@ from torch import Tensor
 # %% ../nbs/16_plots.ipynb #fd62d749
 CLASS_COLORS = ("#0072B2", "#E69F00")  # c₁, c₂
 METHOD_COLORS = {  # one colour for each method, in every figure
-    "base": "#0072B2", "scaling": "#CC79A7", "posterior_sm": "#E69F00", "dlsm": "#D55E00", "total": "#D55E00", "oracle": "#000000",
-    "ce": "#0072B2", "dlsm_prime": "#009E73", "prior": "#56B4E9",
+    "base": "#0072B2", "scaling": "#CC79A7", "posterior_sm": "#E69F00", "dlsm": "#009E73", "total": "#009E73", "oracle": "#000000",
+    "ce": "#0072B2", "dlsm_prime": "#D55E00", "prior": "#56B4E9",
 }
 METHOD_NAMES = {  # as the paper writes them
     "base": "Base", "scaling": "Scaling", "posterior_sm": "Posterior SM", "dlsm": "Ours", "oracle": "Oracle",
