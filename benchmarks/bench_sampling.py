@@ -40,7 +40,7 @@ def job(name, way):
     "Prepare the sampling of one batch."
     score, classifier = (net(PRESET).to(DEVICE).eval().requires_grad_(way == "plain") for net in (score_net, classifier_net))
     y = torch.arange(BATCH, device=DEVICE) % PRESET.n_classes
-    if way == "ours": score, classifier = (net.to(memory_format=torch.channels_last) for net in (score, classifier))  # as `dlsm.images` loads them
+    if way == "ours": score, classifier = (net.to(memory_format=torch.channels_last) for net in (score, classifier))  # as `dlsm.stages` loads them
     if way == "ours" and DEVICE.type == "cuda": score = in_bf16(score)
     guided = plain(score, classifier, y) if way == "plain" else posterior_score(score, classifier, y)
     generator = torch.Generator(DEVICE).manual_seed(0)

@@ -21,11 +21,12 @@ from .cost import trained
 from .dsm import Score
 from .guidance import Classifier
 from .image_presets import IMAGES, ImagePreset
-from .images import LOSSES, _classifier_config, _config, classifier_net, load_classifier, load_score, score_net
+from .images import LOSSES, classifier_net, score_net
 from .kept import kept_index, rounded, write_kept
 from .monitor import read_log
 from .runs import ParameterError, device_name, pick_device, run_dir, sha256
 from .schedule import VESchedule, expand
+from .stages import classifier_config, load_classifier, load_score, score_config
 
 # %% ../nbs/18a_registry.ipynb #e5250a1d
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def keep_weights(
             raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished run can be kept")
     score = load_score(preset, seed)
     nets = [score, *(load_classifier(preset, loss, score, seed) for loss in LOSSES)]
-    configs = [_config(preset, preset.score, stage="score", seed=seed), *(_classifier_config(preset, loss, seed, score) for loss in LOSSES)]
+    configs = [score_config(preset, seed), *(classifier_config(preset, loss, score, seed) for loss in LOSSES)]
     fresh = [score_net(preset), *[classifier_net(preset)] * len(LOSSES)]
     keys = [f"{preset.dataset}/{preset.name}/{name}" for name in names]
     where = pick_device(device)

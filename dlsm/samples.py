@@ -23,13 +23,13 @@ from .checkpoints import fingerprint
 from .dsm import Score
 from .guidance import Classifier, posterior_score
 from .image_presets import IMAGES, ImagePreset
-from .images import load_classifier, load_score
 from .noise import image_noise
 from .parallel import process_device, team
 from .runs import ParameterError, atomic_path, atomic_write, find_root, pick_device, sha256
 from .samplers import heun_sample, in_bf16, karras_levels, multistep_sample, pc_sample
 from .sampling_presets import LOSS_OF, SAMPLING, SamplingPreset
 from .schedule import VESchedule
+from .stages import load_classifier, load_score
 
 # %% ../nbs/14b_samples.ipynb #491cb039
 def sampler_name(

@@ -275,8 +275,9 @@ def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Calla
 def main(
     arguments:list[str]|None=None, # None: those of the command line
 ):
-    "Run a training of `dlsm.images` from the command line."
-    from dlsm.images import LOSSES, train  # it imports this module
+    "Run a training of `dlsm.stages` from the command line."
+    from dlsm.images import LOSSES  # they import this module
+    from dlsm.stages import train
     parser = argparse.ArgumentParser("python -m dlsm.training", description="Train on images; a training that was interrupted goes on.")
     parser.add_argument("--dataset", default="digits", help="digits, cifar10 or cifar100")
     parser.add_argument("--preset", default="smoke", help="smoke, demo, paper, or for CIFAR cpu")

@@ -65,12 +65,13 @@ def untrained():
     def write():
         from dlsm.checkpoints import save_checkpoint
         from dlsm.image_presets import IMAGES
-        from dlsm.images import LOSSES, _classifier_config, _config, classifier_net, score_net
+        from dlsm.images import LOSSES, classifier_net, score_net
         from dlsm.networks import seeded
         from dlsm.runs import run_dir
+        from dlsm.stages import classifier_config, score_config
         preset = IMAGES["digits"]["smoke"]
         score, classifier = (seeded(lambda net=net: net(preset), 0) for net in (score_net, classifier_net))
-        trainings = [("score-0", score, _config(preset, preset.score, stage="score", seed=0), preset.score.steps)]
-        trainings += [(f"classifier-{loss}-0", classifier, _classifier_config(preset, loss, 0, score), preset.classifier.steps) for loss in LOSSES]
+        trainings = [("score-0", score, score_config(preset, 0), preset.score.steps)]
+        trainings += [(f"classifier-{loss}-0", classifier, classifier_config(preset, loss, score, 0), preset.classifier.steps) for loss in LOSSES]
         for name, net, config, steps in trainings: save_checkpoint(run_dir("digits", "smoke", name), steps, dict.fromkeys(("model", "ema"), net.state_dict()), {}, config, [])
     return write

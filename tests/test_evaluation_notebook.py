@@ -43,9 +43,9 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     import papermill
 
     from dlsm.image_presets import IMAGES
-    from dlsm.images import train
     from dlsm.samples import load_networks, make_samples
     from dlsm.sampling_presets import SAMPLING
+    from dlsm.stages import train
     data = os.environ.get("DLSM_DATA")
     if not data or not Path(data, "cifar-10-batches-py").is_dir():
         pytest.skip("needs CIFAR-10: set DLSM_DATA to the folder that holds cifar-10-batches-py/")

@@ -12,8 +12,9 @@ import types
 import pytest
 import torch
 
+from dlsm.checkpoints import fingerprint
 from dlsm.image_presets import IMAGES
-from dlsm.images import classifier_net, fingerprint, score_net
+from dlsm.images import classifier_net, score_net
 from dlsm.networks import seeded
 from dlsm.runs import ParameterError
 from dlsm.samples import draw, evaluations, load_networks, load_samples, main, make_samples, sample_dir

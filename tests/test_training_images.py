@@ -17,29 +17,16 @@ import torch
 from torch import nn
 
 from dlsm import monitor
+from dlsm.checkpoints import fingerprint
 from dlsm.data import image_data
 from dlsm.guidance import likelihood_score
 from dlsm.image_presets import IMAGES
-from dlsm.images import (
-    LOSSES,
-    batches,
-    classifier_loss,
-    classifier_net,
-    crossing,
-    estimate_classifier,
-    fingerprint,
-    fit_classifier,
-    fit_score,
-    load_classifier,
-    load_score,
-    score_loss,
-    score_net,
-    train,
-)
+from dlsm.images import LOSSES, batches, classifier_loss, classifier_net, crossing, score_loss, score_net
 from dlsm.monitor import estimate, read_log
 from dlsm.networks import seeded
 from dlsm.parallel import gradients
 from dlsm.precond import EDMPrecond
+from dlsm.stages import estimate_classifier, fit_classifier, fit_score, load_classifier, load_score, train
 from dlsm.training import fit, step_generator
 
 CIFAR = Path(os.environ.get("DLSM_DATA", "data"))/"cifar-10-batches-py"
@@ -49,7 +36,7 @@ TINY = dataclasses.replace(
     score=dataclasses.replace(SMOKE.score, nf=4, ch_mult=(1, 1), batch=6, steps=40, dropout=0.2, flips=True),
     classifier=dataclasses.replace(SMOKE.classifier, width=4, batch=6, steps=4))
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["dlsm.images", "torch.utils.tensorboard", "torch._dynamo"])  # the imports take longer than the trainings
+START.set_forkserver_preload(["dlsm.stages", "torch.utils.tensorboard", "torch._dynamo"])  # the imports take longer than the trainings
 
 
 @pytest.fixture(scope="module")
