@@ -20,6 +20,7 @@ from dlsm.data import Images
 from dlsm.image_presets import IMAGES
 from dlsm.images import batches, classifier_loss, classifier_net, score_loss, score_net
 from dlsm.monitor import _output_bytes
+from dlsm.ncsnpp import PyramidDown, Resample
 from dlsm.parallel import gradients
 from dlsm.training import step_generator
 
@@ -142,6 +143,20 @@ def test_throughput(benchmark, compare, peak, work, way):
     print(f"\n{work}, {way}: {seen[work, way]:,.0f} images/s, {share} ({1e3 * seconds:.1f} ms for {todo.batch}; {bounds}){gain}")
 
 
+@pytest.mark.gpu
+def test_shifted_pixels_against_convolutions(benchmark, compare, monkeypatch):
+    "A step of the score model with its resampling written in either way."
+    times = {}
+    for way in ("shifted", "convolved"):
+        monkeypatch.setattr(Resample, "forward", getattr(Resample, way))
+        monkeypatch.setattr(PyramidDown, "forward", lambda self, x, way=way: self.Conv2d_0(getattr(self, way)(x)))
+        torch.compiler.reset()
+        with plain_float32(): times[way] = best_time(job("score forward and backward", "fast").step)
+    benchmark.pedantic(lambda: None, rounds=1)
+    compare("a step of the score model, fast, resampled by shifted pixels", times["shifted"], "by convolutions", times["convolved"])
+    print("\n" + ", ".join(f"{way}: {1e3 * seconds:.1f} ms" for way, seconds in times.items()))
+
+
 @pytest.mark.parametrize("work", WORK)
 def test_where_the_time_goes(benchmark, work):
     "The kernels (on a CPU the operations) that take most of a step, as shares of the time of all of them."
@@ -160,5 +175,5 @@ def test_where_the_time_goes(benchmark, work):
     spent = {e.key: (e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total, e.count) for e in events}
     total, kernels = map(sum, zip(*spent.values()))
     assert total > 0
-    most = sorted(spent.items(), key=lambda item: item[1], reverse=True)[:8]
+    most = sorted(spent.items(), key=lambda item: item[1], reverse=True)[:16]
     print(f"\n{work}, {WAYS[-1]}: {total / 1e3:.1f} ms in {kernels:,} kernels" + "".join(f"\n{time / total:7.1%}  {n:5,} × {name[:110]}" for name, (time, n) in most))

@@ -38,6 +38,21 @@ def _fir(gain:float=1.) -> Tensor:
     return gain*torch.outer(taps, taps)[None, None]
 
 
+def _reduced(x:Tensor) -> Tensor:
+    "Give a map the precision that autocast gives the input of a convolution."
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _shifted(x:Tensor, padding:int, stride:int) -> Tensor:
+    "Filter by [1, 3, 3, 1]/8 in both directions, zeros beyond the border, by sums of shifted pixels."
+    for dim in (2, 3):
+        wide = F.pad(x, (0, 0, padding, padding) if dim == 2 else (padding, padding))
+        last = (wide.shape[dim] - 4)//stride*stride
+        a, b, c, d = (wide[(slice(None),)*dim + (slice(i, i + last + 1, stride),)] for i in range(4))
+        x = 0.125*(a + d) + 0.375*(b + c)
+    return x
+
+
 class Resample(nn.Module):
     "Double or halve height and width through the filter [1, 3, 3, 1]: [B, C, H, W] -> [B, C, 2H, 2W] or [B, C, H/2, W/2]."
     def __init__(self,
@@ -48,9 +63,22 @@ class Resample(nn.Module):
         self.up = mode == "up"
         self.register_buffer("kernel", _fir(4. if self.up else 1.), persistent=False)
 
-    def forward(self, x:Tensor) -> Tensor:
+    def convolved(self, x:Tensor) -> Tensor:
+        "Resample by a convolution of each channel, as on a CPU."
         resample = F.conv_transpose2d if self.up else F.conv2d
         return resample(x, self.kernel.repeat(x.shape[1], 1, 1, 1), stride=2, padding=1, groups=x.shape[1])
+
+    def shifted(self, x:Tensor) -> Tensor:
+        "Resample by sums of shifted pixels, as on a GPU."
+        x = _reduced(x)
+        if not self.up: return _shifted(x, 1, 2)
+        for dim in (2, 3):
+            wide = F.pad(x, (0, 0, 1, 1) if dim == 2 else (1, 1))
+            before, after = (wide.narrow(dim, start, x.shape[dim]) for start in (0, 2))
+            x = torch.stack([0.75*x + 0.25*before, 0.75*x + 0.25*after], dim + 1).flatten(dim, dim + 1)
+        return x
+
+    def forward(self, x:Tensor) -> Tensor: return self.shifted(x) if x.is_cuda else self.convolved(x)
 
 # %% ../nbs/12a_ncsnpp.ipynb #0596758f
 def _init(layer:nn.Module, gain:float=1.) -> nn.Module:
@@ -141,8 +169,15 @@ class PyramidDown(nn.Module):
         self.Conv2d_0 = _init(nn.Conv2d(c_in, c_out, 3, stride=2))
         self.register_buffer("kernel", _fir(), persistent=False)
 
-    def forward(self, x:Tensor) -> Tensor:
-        return self.Conv2d_0(F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1]))
+    def convolved(self, x:Tensor) -> Tensor:
+        "Filter by a convolution of each channel, as on a CPU."
+        return F.conv2d(x, self.kernel.repeat(x.shape[1], 1, 1, 1), padding=2, groups=x.shape[1])
+
+    def shifted(self, x:Tensor) -> Tensor:
+        "Filter by sums of shifted pixels, as on a GPU."
+        return _shifted(_reduced(x), 2, 1)
+
+    def forward(self, x:Tensor) -> Tensor: return self.Conv2d_0(self.shifted(x) if x.is_cuda else self.convolved(x))
 
 # %% ../nbs/12a_ncsnpp.ipynb #a281c0f8
 def _unet_modules(channels:int, nf:int, ch_mult:tuple, num_res_blocks:int, attends:list, dropout:float) -> list:

@@ -7,7 +7,7 @@ from torch import nn
 
 from dlsm.dsm import dsm_loss
 from dlsm.guidance import likelihood_score
-from dlsm.ncsnpp import NCSNpp, Resample
+from dlsm.ncsnpp import NCSNpp, PyramidDown, Resample
 from dlsm.networks import MLPClassifier, MLPScore
 from dlsm.precond import EDMPrecond, PrecondClassifier, edm_coefficients
 from dlsm.resnet import BatchNorm, SigmaResNet
@@ -50,7 +50,23 @@ def test_resample_is_the_filter_and_a_grid(mode):
     else: padded, n, step = nn.functional.pad(x, (1, 1, 1, 1)), 4, 2
     at = [slice(i, i + step*(n - 1) + 1, step) for i in range(4)]
     expected = sum(taps[i]*taps[j]*padded[..., at[i], at[j]] for i in range(4) for j in range(4))
-    assert torch.allclose(Resample(mode).double()(x), expected, atol=1e-7)
+    resample = Resample(mode).double()
+    for way in (resample, resample.convolved, resample.shifted): assert torch.allclose(way(x), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_shifted_pixels_filter_as_convolutions_do(size):
+    "On a GPU maps are resampled by sums of shifted pixels: values, gradients and autocast's precision are those of the convolutions."
+    x = torch.randn(2, 3, size, size + 4, dtype=torch.float64, requires_grad=True)
+    for module in (Resample("up"), Resample("down"), PyramidDown(3, 4)):
+        one, other = (way(x) for way in (module.double().convolved, module.shifted))
+        weight = torch.randn_like(one)
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*(torch.autograd.grad(out, x, weight)[0] for out in (other, one)), rtol=1e-12, atol=1e-12)
+        with torch.autocast("cpu", torch.bfloat16):
+            one, other = (way(x.float()) for way in (module.float().convolved, module.shifted))
+            assert one.dtype == other.dtype == torch.bfloat16
+            torch.testing.assert_close(other, one, rtol=0.05, atol=0.05)
 
 
 # ---- sizes and refusals
