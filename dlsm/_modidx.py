@@ -361,6 +361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
             'dlsm.report': { 'dlsm.report.Item': ('report.html#item', 'dlsm/report.py'),
                              'dlsm.report._row': ('report.html#_row', 'dlsm/report.py'),
                              'dlsm.report.extent': ('report.html#extent', 'dlsm/report.py'),
+                             'dlsm.report.made_on': ('report.html#made_on', 'dlsm/report.py'),
                              'dlsm.report.others': ('report.html#others', 'dlsm/report.py'),
                              'dlsm.report.rates_of': ('report.html#rates_of', 'dlsm/report.py'),
                              'dlsm.report.rows': ('report.html#rows', 'dlsm/report.py'),

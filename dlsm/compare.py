@@ -45,7 +45,7 @@ class Rule:
 
 
 RULES = (
-    Rule(r"seconds|images_per_s|wall", None, why="a time"),
+    Rule(r"seconds|images_per_s|wall|trainings\.\w+\.device", None, why="a time, or a machine"),
     Rule(r"digest|checkpoints", None, why="names the bits of a training"),
     Rule(r"^moons/fig2: (quadrature|monte_carlo)\.(?!relative_spread)", 1e-6, 1e-9, "no training is behind it"),
     Rule(r"relative_spread", 0., 1e-12, "rounding of quadrature: below this it means nothing"),

@@ -25,7 +25,7 @@ from .networks import Ensemble, MLPClassifier, MLPScore, map_members, seeded
 from .parzen import parzen_score
 from .precond import EDMPrecond
 from .presets import MoonsPreset
-from .runs import atomic_write, progress, run_dir
+from .runs import atomic_write, device_name, progress, run_dir
 from .schedule import VESchedule
 from .training import State, fit
 
@@ -273,9 +273,11 @@ def timed(
     folder:str, # name of its folder in runs/
     title:str, # what progress says
     steps:int|None=None, # in all; None: progress does not say how far
-)->tuple[State, float|None]: # the last state, and the seconds; None if the training was not done at one go
+)->tuple[State, dict|None]: # the last state, and what the training took: seconds (None if not done at one go) and device; None where that was not kept
     "Run a training to its end."
-    kept, began, first = run_dir("moons", preset.name, folder)/"seconds.json", time.monotonic(), None
+    kept, began, first = run_dir("moons", preset.name, folder)/"took.json", time.monotonic(), None
     for state in progress(states, title, total=steps): first = first or state.step
-    if state.loss is not None: atomic_write(kept, json.dumps(round(time.monotonic() - began, 1) if first == 1 else None))
+    if state.loss is not None:
+        took = {"seconds": round(time.monotonic() - began, 1) if first == 1 else None, "device": device_name(state.loss.device)}
+        atomic_write(kept, json.dumps(took))
     return state, json.loads(kept.read_text()) if kept.exists() else None

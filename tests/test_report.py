@@ -9,7 +9,7 @@ import pytest
 
 from dlsm.checks import TABLE1_CLAIMS
 from dlsm.plots import METHOD_NAMES
-from dlsm.report import ITEMS, others, rows, status_table
+from dlsm.report import ITEMS, made_on, others, rows, status_table, trained_for
 from dlsm.runs import atomic_write, load_result, paper, sha256
 from dlsm.verdicts import VERDICTS, Claim, exists, markdown_table, number, read_results, verdict
 
@@ -150,6 +150,14 @@ def test_the_command_makes_what_the_row_shows():
 
 
 # ---- what is missing, what else is there
+
+def test_a_result_says_where_it_was_trained():
+    "Trainings that another machine did are read from their checkpoints: the report names that machine, and what they took where all of it is known."
+    def result(**trainings): return {"device": "CPU", "values": {"trainings": trainings}}
+    here, there = {"seconds": 2., "device": "CPU"}, {"seconds": 3., "device": "some GPU"}
+    assert made_on(result(a=here)) == "CPU" == made_on({"device": "CPU", "values": {}}) and made_on(result(a=there, b=here, c=there)) == "CPU; trained on some GPU"
+    assert trained_for(result(a=here, b=there)) == 5. and trained_for(result(a=here, b=there | {"seconds": None})) is trained_for(result(a=None)) is None
+
 
 def test_nothing_yet(home):
     assert read_results() == read_results("smoke") == []
