@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                              'dlsm.ncsnpp.Resample.convolved': ('ncsnpp.html#resample.convolved', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp.Resample.forward': ('ncsnpp.html#resample.forward', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp.Resample.shifted': ('ncsnpp.html#resample.shifted', 'dlsm/ncsnpp.py'),
+                             'dlsm.ncsnpp._alike': ('ncsnpp.html#_alike', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._conv': ('ncsnpp.html#_conv', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._dense': ('ncsnpp.html#_dense', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._fir': ('ncsnpp.html#_fir', 'dlsm/ncsnpp.py'),

@@ -38,6 +38,11 @@ def _fir(gain:float=1.) -> Tensor:
     return gain*torch.outer(taps, taps)[None, None]
 
 
+def _alike(x:Tensor, given:Tensor) -> Tensor:
+    "Put channels last if they were so in the map that was given."
+    return x.contiguous(memory_format=torch.channels_last) if given.is_contiguous(memory_format=torch.channels_last) else x
+
+
 def _reduced(x:Tensor) -> Tensor:
     "Give a map the precision that autocast gives the input of a convolution."
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
@@ -45,12 +50,13 @@ def _reduced(x:Tensor) -> Tensor:
 
 def _shifted(x:Tensor, padding:int, stride:int) -> Tensor:
     "Filter by [1, 3, 3, 1]/8 in both directions, zeros beyond the border, by sums of shifted pixels."
+    given = x
     for dim in (2, 3):
         wide = F.pad(x, (0, 0, padding, padding) if dim == 2 else (padding, padding))
         last = (wide.shape[dim] - 4)//stride*stride
         a, b, c, d = (wide[(slice(None),)*dim + (slice(i, i + last + 1, stride),)] for i in range(4))
         x = 0.125*(a + d) + 0.375*(b + c)
-    return x
+    return _alike(x, given)
 
 
 class Resample(nn.Module):
@@ -70,13 +76,13 @@ class Resample(nn.Module):
 
     def shifted(self, x:Tensor) -> Tensor:
         "Resample by sums of shifted pixels, as on a GPU."
-        x = _reduced(x)
+        x = given = _reduced(x)
         if not self.up: return _shifted(x, 1, 2)
         for dim in (2, 3):
             wide = F.pad(x, (0, 0, 1, 1) if dim == 2 else (1, 1))
             before, after = (wide.narrow(dim, start, x.shape[dim]) for start in (0, 2))
             x = torch.stack([0.75*x + 0.25*before, 0.75*x + 0.25*after], dim + 1).flatten(dim, dim + 1)
-        return x
+        return _alike(x, given)
 
     def forward(self, x:Tensor) -> Tensor: return self.shifted(x) if x.is_cuda else self.convolved(x)
 

@@ -62,6 +62,7 @@ def test_shifted_pixels_filter_as_convolutions_do(size):
         one, other = (way(x) for way in (module.double().convolved, module.shifted))
         weight = torch.randn_like(one)
         torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+        assert module.shifted(x.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(*(torch.autograd.grad(out, x, weight)[0] for out in (other, one)), rtol=1e-12, atol=1e-12)
         with torch.autocast("cpu", torch.bfloat16):
             one, other = (way(x.float()) for way in (module.float().convolved, module.shifted))
