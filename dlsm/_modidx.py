@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.features.Network': ('features.html#network', 'dlsm/features.py'),
                                'dlsm.features._colours': ('features.html#_colours', 'dlsm/features.py'),
                                'dlsm.features._identity': ('features.html#_identity', 'dlsm/features.py'),
+                               'dlsm.features._noted': ('features.html#_noted', 'dlsm/features.py'),
                                'dlsm.features._same': ('features.html#_same', 'dlsm/features.py'),
                                'dlsm.features.check_images': ('features.html#check_images', 'dlsm/features.py'),
                                'dlsm.features.efficientnet': ('features.html#efficientnet', 'dlsm/features.py'),

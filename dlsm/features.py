@@ -189,11 +189,21 @@ def _identity(network:Network, x:Tensor, y:Tensor)->dict[str, str]:
     return {"network": network.name, "digest": network.digest, "scorer": network.scorer or "", "images": images}
 
 
-def _same(path:Path, identity:dict)->bool:
-    "Tell whether a shard is there, whole, and made from the same."
+def _same(path:Path, identity:dict, digest:str|None)->bool:
+    "Tell whether a shard is there, whole (with the checksum it was written with), and made from the same."
     try:
-        with safe_open(path, "pt") as file: return file.metadata() == identity
+        with safe_open(path, "pt") as file: same = file.metadata() == identity
+        return same and sha256(path) == digest
     except (OSError, SafetensorError): return False
+
+
+def _noted(folder:Path)->dict[str, str]: # by file name
+    "Read the checksums of the shards, those of an unfinished pass too."
+    found = {}
+    for name in ("meta.json", "unfinished.json"):
+        try: found |= json.loads((folder / name).read_text(encoding="utf-8"))["sha256"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError): pass  # nothing was noted, or it is damaged: shards are made again
+    return found
 
 # %% ../nbs/15a_features.ipynb #b9c90010
 def stored(
@@ -206,20 +216,23 @@ def stored(
 )->Features: # of `load_features`
     "Look at images and keep what was seen; what is in the folder already is not made again."
     check_images(x)
-    folder, digests = Path(folder), {}
-    starts = range(0, len(x), shard)
+    folder, names = Path(folder), []
+    noted, starts = _noted(folder), range(0, len(x), shard)
     for i, start in enumerate(progress(starts, f"{network.name}, shard")):
         path, part = folder / f"features-{i:05d}.safetensors", slice(start, start + shard)
         identity = _identity(network, x[part], y[part])
-        if not _same(path, identity):
+        if not _same(path, identity, noted.get(path.name)):
             seen = see(network, x[part], y[part], batch)
             tensors = {"features": seen.x, "y": seen.y} | ({} if seen.logits is None else {"logits": seen.logits})
             with atomic_path(path) as new: save_file(tensors, new, identity)
-        digests[path.name] = sha256(path)
+            noted[path.name] = sha256(path)
+            atomic_write(folder / "unfinished.json", json.dumps({"sha256": noted}, indent=1))
+        names.append(path.name)
     for old in folder.glob("features-*.safetensors"):
-        if old.name not in digests: old.unlink()
-    about = {"network": network.name, "digest": network.digest, "scorer": network.scorer or network.name, "n": len(x), "sha256": digests}
+        if old.name not in names: old.unlink()
+    about = {"network": network.name, "digest": network.digest, "scorer": network.scorer or network.name, "n": len(x), "sha256": {name: noted[name] for name in names}}
     atomic_write(folder / "meta.json", json.dumps(about, indent=1))
+    (folder / "unfinished.json").unlink(missing_ok=True)
     return load_features(folder)
 
 

@@ -131,6 +131,23 @@ def test_damaged_and_missing_shards(digits, tmp_path):
     with pytest.raises(ValueError, match="features-00001.safetensors is missing or damaged"): load_features(tmp_path)
 
 
+def test_a_shard_that_was_damaged_is_made_again(digits, tmp_path):
+    "Also one that nothing vouches for; never is a checksum taken from a file that was there already."
+    calls, x, y = [], digits.x[:10], digits.y[:10]
+    def again(): return stored(counting(calls), x, y, tmp_path, shard=4)
+    again()
+    path, meta = tmp_path/"features-00001.safetensors", tmp_path/"meta.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert torch.equal(again().x, x.flatten(1).float()) and calls == [4, 4, 2, 4]
+    for content in ("null", "{}", '{"sha256": 3}', "{"):
+        calls.clear()
+        meta.write_text(content)
+        again()
+        assert calls == [4, 4, 2] and len(load_features(tmp_path)) == 10
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"features-0000{i}.safetensors" for i in range(3)), "meta.json"]
+
+
 def test_an_interrupted_pass_leaves_nothing_half_done(digits, tmp_path):
     calls = []
     def breaks(x):
