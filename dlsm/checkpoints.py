@@ -36,11 +36,15 @@ def _own_memory(
     return own
 
 
+def _step(path:Path)->int: return int(path.name.removeprefix("step-"))
+
+
 def finished_steps(
     folder:str|Path, # a run's folder
 )->list[Path]: # its checkpoints, damaged ones too, oldest first
     "List the checkpoints of a run: folders step-00000000. What else lies there is somebody's own."
-    return sorted(path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    try: return sorted((path for path in Path(folder).iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()), key=_step)
+    except (FileNotFoundError, NotADirectoryError): return []
 
 
 def _meta_digest(meta:dict)->str: return hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "sha256"}, sort_keys=True).encode()).hexdigest()
@@ -63,6 +67,27 @@ def _write(
         with open(p, "rb+") as file: os.fsync(file.fileno())
 
 
+def _remove(
+    path:Path, # a checkpoint's folder
+):
+    "Remove a checkpoint, if no other process has done so; a reader never finds a half of it."
+    try: left = path.rename(path.with_name(part_name("checkpoint")))
+    except OSError: return
+    shutil.rmtree(left, ignore_errors=True)
+
+
+def _place(
+    part:Path, # temporary folder
+    final:Path, # the checkpoint's
+):
+    "Rename what is complete; it replaces what is there, and what another process puts there meanwhile."
+    for last in (False, False, True):
+        if final.exists(): _remove(final)
+        try: return os.replace(part, final)
+        except OSError as e:
+            if last or e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+
+
 def save_checkpoint(
     folder:str|Path, # the run's folder
     step:int, # finished steps
@@ -70,36 +95,43 @@ def save_checkpoint(
     state:dict, # tensors and plain values: optimiser state and the like
     config:dict, # what the run was started with, plain values
     record:list, # curves so far, plain values
-    keep:int=2, # how many checkpoints stay
+    keep:int=2, # how many checkpoints stay, at least 1
 )->Path: # the checkpoint's folder
-    "Write a checkpoint whole or not at all, and remove all but the last `keep`. Raises `OSError` if the disk is full; older ones stay."
+    """Write a checkpoint whole or not at all, and remove damaged ones of a higher step and all but the last `keep`, never this one.
+
+    Raises `OSError` if the disk is full; older ones stay. Raises `ValueError` for a `keep` below 1."""
+    if keep < 1: raise ValueError(f"keep={keep}; expected at least 1: the checkpoint just written stays")
     folder = Path(folder)
     final, part = folder / f"step-{step:08d}", folder / part_name("checkpoint")
     for left in folder.glob(part_name("checkpoint", any_of_this_machine=True)):
         if not alive(left): shutil.rmtree(left, ignore_errors=True)  # of a process that was killed; another may be writing now
     try:
         _write(part, weights, state, {"step": step, "config": config, "record": record})
-        if final.exists(): shutil.rmtree(final)
-        os.replace(part, final)
+        _place(part, final)
     except (OSError, RuntimeError, SafetensorError) as e:  # on a full disk torch raises the second, safetensors the third
         shutil.rmtree(part, ignore_errors=True)
         last = max(finished_steps(folder), default=None)
         why = f"could not write {final.name} ({e}); the last good checkpoint is {last.name if last else 'none'}"
         full = not isinstance(e, OSError) or e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise OSError(getattr(e, "errno", errno.EIO), f"{why}; {'free some space' if full else 'mend that'} and run again") from e
-    for old in finished_steps(folder)[:-keep]: shutil.rmtree(old)
+    there = finished_steps(folder)
+    good = [path for path in there if _step(path) <= step or not _damage(path)]  # a whole one above is of another process, which is ahead
+    for old in set(there) - {final, *good[-keep:]}: _remove(old)
     return final
 
 # %% ../nbs/13a_checkpoints.ipynb #36682663
 def _damage(
     path:Path, # a checkpoint's folder
 )->str: # what is wrong with it; empty if nothing
-    "Compare the files of a checkpoint with their checksums."
+    "Compare the files of a checkpoint with their checksums. Raises `OSError`, one line, for a file that is there but cannot be read."
     try:
         meta = json.loads((path / "meta.json").read_text())
+        if absent := {"step", "config", "record", "sha256"} - meta.keys() or {"state.pt"} - meta["sha256"].keys(): return f"meta.json does not tell {min(absent)}"
         wrong = [name for name, digest in meta["sha256"].items() if (_meta_digest(meta) if name == "meta" else sha256(path / name)) != digest]
         return f"{wrong[0]} does not have the checksum it was written with" if wrong else ""
-    except (OSError, ValueError, KeyError) as e: return f"{type(e).__name__}: {e}"
+    except (FileNotFoundError, ValueError, TypeError, AttributeError) as e: return f"{type(e).__name__}: {e}"  # the last two: JSON of another kind
+    except OSError as e:
+        raise OSError(e.errno, f"checkpoint {path.name} in {path.parent} cannot be read ({e.strerror}), and may be whole: make it readable or remove it, and run again") from e
 
 
 def differences(
@@ -110,6 +142,25 @@ def differences(
     return ", ".join(f"{k}={old.get(k)!r} there and {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
 
 
+def _inode(path:Path)->int|None: # None: there is nothing
+    try: return path.stat().st_ino
+    except FileNotFoundError: return None
+
+
+def _read(
+    path:Path, # a checkpoint's folder
+    config:dict, # what the run is started with now
+    device:torch.device|str, # where the weights go
+)->dict: # step, weights, state, record
+    "Read a checkpoint that is not damaged."
+    meta = json.loads((path / "meta.json").read_text())
+    if differs := differences(meta["config"], json.loads(json.dumps(config))):
+        raise ValueError(f"the checkpoint {path.name} in {path.parent} is of another configuration: {differs}; remove that folder or use another")
+    weights = {p.stem: load_file(p, device=str(device)) for p in sorted(path.glob("*.safetensors"))}
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # an optimiser moves its moments; counters of steps are read there in every step
+    return {"step": meta["step"], "weights": weights, "state": state, "record": meta["record"], "path": path}
+
+
 def load_checkpoint(
     folder:str|Path, # the run's folder
     config:dict, # what the run is started with now
@@ -117,18 +168,17 @@ def load_checkpoint(
 )->dict|None: # step, weights, state, record; None where there is no checkpoint
     """Load the newest undamaged checkpoint in `folder`; weights are data here, never code.
 
-    Warns about each damaged checkpoint it passes over. Raises `ValueError` if the checkpoint belongs to another configuration.
+    Warns about each damaged checkpoint it passes over. Raises `ValueError` if the checkpoint belongs to another configuration, `OSError` if it cannot be read.
     """
-    for path in reversed(finished_steps(folder)):
-        if damage := _damage(path):
-            warnings.warn(f"checkpoint {path.name} in {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
-            continue
-        meta = json.loads((path / "meta.json").read_text())
-        if differs := differences(meta["config"], json.loads(json.dumps(config))):
-            raise ValueError(f"the checkpoint {path.name} in {folder} is of another configuration: {differs}; remove that folder or use another")
-        weights = {p.stem: load_file(p, device=str(device)) for p in sorted(path.glob("*.safetensors"))}
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # an optimiser moves its moments; counters of steps are read there in every step
-        return {"step": meta["step"], "weights": weights, "state": state, "record": meta["record"], "path": path}
+    damaged = set()
+    while there := [path for path in finished_steps(folder) if path not in damaged]:
+        inode = _inode(path := there[-1])
+        try:
+            if not (damage := _damage(path)): return _read(path, config, device)
+        except FileNotFoundError as e: damage = f"{type(e).__name__}: {e}"
+        if inode is None or _inode(path) != inode: continue  # another process has removed or replaced it meanwhile
+        warnings.warn(f"checkpoint {path.name} in {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
+        damaged.add(path)
     return None
 
 # %% ../nbs/13a_checkpoints.ipynb #13a00f02

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,10 @@ DAMAGE = {
     "truncated meta": lambda p: (p/"meta.json").write_text((p/"meta.json").read_text()[:40]),
     "another curve": lambda p: (p/"meta.json").write_text((p/"meta.json").read_text().replace('"record": []', '"record": [1]')),
     "meta without checksums": lambda p: (p/"meta.json").write_text("{}"),
+    "meta that is null": lambda p: (p/"meta.json").write_text("null"),
+    "meta that is a list": lambda p: (p/"meta.json").write_text("[1]"),
+    "checksums that are a number": lambda p: (p/"meta.json").write_text('{"step": 40, "config": {}, "record": [], "sha256": 3}'),
+    "checksums of nothing": lambda p: (p/"meta.json").write_text('{"step": 40, "config": {"rate": 0.01}, "record": [], "sha256": {}}'),
 }
 
 
@@ -149,6 +154,81 @@ def test_all_damaged_starts_over(finished):
     for path in folder.glob("step-*"): flip(path/"state.pt")
     with pytest.warns(UserWarning, match="damaged"): state, calls = train(folder)
     assert len(calls) == 40 and equal(weights(state), whole)
+
+
+def put(folder, step, **more): return save_checkpoint(folder, step, {"model": {"w": torch.full((3,), float(step))}}, {}, {}, [], **more)
+
+
+def test_what_was_just_written_stays_beside_damaged_ones_of_higher_steps(tmp_path):
+    "A job whose time is limited would otherwise begin at the same step for ever."
+    for step in (10, 20, 30, 40, 50): put(tmp_path, step, keep=9)
+    for step in (40, 50): (tmp_path/f"step-000000{step}"/"meta.json").write_text("{}")
+    assert put(tmp_path, 35).exists() and steps_in(tmp_path) == ["step-00000030", "step-00000035"]
+    assert load_checkpoint(tmp_path, {})["step"] == 35
+    put(tmp_path, 36, keep=1)
+    assert steps_in(tmp_path) == ["step-00000036"]
+
+
+def test_a_process_that_is_behind_removes_nothing_of_one_that_is_ahead(tmp_path):
+    for step in (20, 30, 10): put(tmp_path, step)
+    assert steps_in(tmp_path) == [f"step-000000{step}" for step in (10, 20, 30)] and load_checkpoint(tmp_path, {})["step"] == 30
+
+
+def test_keeping_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep=0; expected at least 1"): put(tmp_path, 1, keep=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_may_not_be_read_is_an_error(finished, monkeypatch):
+    "It may be whole; to start over would throw the training away."
+    folder, _ = finished
+    def forbidden(path): raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(checkpoints, "sha256", forbidden)
+    with pytest.raises(PermissionError, match="checkpoint step-00000040 in .* cannot be read .Permission denied.*make it readable") as error: train(folder)
+    assert error.value.errno == errno.EACCES
+    monkeypatch.undo()
+    assert train(folder)[1] == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_a_reader_goes_on_where_another_process_removes_what_it_reads(tmp_path, monkeypatch, moment):
+    "While the newest is checked or read. It looks again, and finds what the other has written."
+    for step in (1, 2): put(tmp_path, step)
+    real, calls = json.loads, []
+    def loads(text):
+        calls.append(text)
+        if len(calls) == moment + 1:
+            for step in (3, 4): put(tmp_path, step)
+        return real(text)
+    monkeypatch.setattr(checkpoints.json, "loads", loads)
+    assert load_checkpoint(tmp_path, {})["step"] == 4 and len(calls) > moment
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_reader_takes_the_one_before_where_the_newest_vanishes(tmp_path, monkeypatch):
+    for step in (1, 2): put(tmp_path, step)
+    def sha256(path):
+        if path.parent.name == "step-00000002": shutil.rmtree(path.parent)
+        return real(path)
+    real = checkpoints.sha256
+    monkeypatch.setattr(checkpoints, "sha256", sha256)
+    assert load_checkpoint(tmp_path, {})["step"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_two_writers_and_a_reader_share_a_folder(tmp_path):
+    "The writers are at the same steps, each removing what the other has written."
+    for step in (1, 2): put(tmp_path, step)
+    def write():
+        for step in range(3, 60): put(tmp_path, step)
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write) for _ in range(2)]
+        found = [load_checkpoint(tmp_path, {})]
+        while not all(writer.done() for writer in writers): found.append(load_checkpoint(tmp_path, {}))
+        for writer in writers: writer.result()
+    assert all(one and one["weights"]["model"]["w"][0] == one["step"] for one in found) and len(found) > 3
+    assert load_checkpoint(tmp_path, {})["step"] == 59 and steps_in(tmp_path) == ["step-00000058", "step-00000059"] and not list(tmp_path.glob(".part-*"))
 
 
 def test_another_configuration_is_refused_by_name(finished):
