@@ -10,6 +10,7 @@ __all__ = ['find_root', 'run_dir', 'figure_dir', 'need', 'part_name', 'alive', '
 import configparser
 import datetime
 import errno
+import glob
 import hashlib
 import importlib.metadata
 import importlib.resources
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import socket
 import subprocess
@@ -97,15 +99,18 @@ def part_name(
 ) -> str: # .part-<host>-<process>-<random>-<name>
     "Name a file or folder that is not finished, so that only a dead process's parts are cleared away."
     host = socket.gethostname().partition(".")[0]
-    return f".part-{host}-*-*-{name}" if any_of_this_machine else f".part-{host}-{os.getpid()}-{secrets.token_hex(4)}-{name}"
+    if any_of_this_machine: return f".part-{glob.escape(host)}-*-*-{glob.escape(name)}"
+    return f".part-{host}-{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def alive(
-    part:Path, # named by `part_name`, on this machine
-) -> bool: # whether the process that writes it still runs
-    "Tell whether somebody is still writing a part."
-    host = socket.gethostname().partition(".")[0]
-    try: os.kill(int(part.name.removeprefix(f".part-{host}-").split("-")[0]), 0)
+    part:Path, # named by `part_name`
+) -> bool: # whether the process that writes it still runs, as far as this machine can tell
+    "Tell whether somebody is still writing a part; of another machine's (host gpu-b is not gpu) and of other names nobody knows, so they count as alive."
+    host = re.escape(socket.gethostname().partition(".")[0])
+    found = re.fullmatch(rf"\.part-{host}-(\d{{1,9}})-[0-9a-f]{{8}}-.+", part.name, re.DOTALL)
+    if not found: return True
+    try: os.kill(int(found[1]), 0)
     except ProcessLookupError: return False
     except OSError: pass
     return True

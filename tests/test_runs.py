@@ -17,6 +17,7 @@ import torch
 
 from dlsm.presets import MOONS, ParameterError, check_parameters, pick_device
 from dlsm.runs import (
+    alive,
     atomic_path,
     atomic_write,
     figure_dir,
@@ -128,6 +129,19 @@ def test_killed_writer(tmp_path):
     assert path.read_text() == "from another process" and len(files(tmp_path)) == 2
     atomic_write(path, "new")
     assert path.read_text() == "new" and files(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("mine, other", [("gpu", "gpu-b"), ("gpu", "gpu-1"), ("gpu-b", "gpu"), ("g[pu]", "gp")])
+def test_parts_of_other_machines_stay(tmp_path, monkeypatch, mine, other):
+    "Names of machines begin with each other; a process of another machine cannot be asked for, and what is named otherwise is somebody's own."
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    def left(host, middle=f"{gone.pid}-0123abcd"): return tmp_path/f".part-{host}-{middle}-a[1].txt"
+    own = [left(other), left(mine, "x-0123abcd"), left(mine, f"{gone.pid}-mine"), left(mine, f"{10**30}-0123abcd"), left(f"{mine}-{gone.pid}", "5-89abcdef")]
+    for path in (left(mine), *own): path.write_text("half")
+    monkeypatch.setattr("socket.gethostname", lambda: f"{mine}.domain")
+    atomic_write(tmp_path/"a[1].txt", "whole")
+    assert files(tmp_path) == sorted([*(path.name for path in own), "a[1].txt"]) and all(map(alive, own)) and not alive(left(mine))
 
 
 # ---- results
