@@ -132,7 +132,7 @@ def _keep(
     tensors, after = rounded(net.state_dict(), learnt), copy.deepcopy(net)
     after.load_state_dict(tensors)  # copies into float32
     facts = {"fingerprint": fingerprint(net), "rounded": fingerprint(after), "rounding_change": rounding_change(net, after, preset)}
-    took = trained(read_log(run_dir(*key.split("/"))), config["batch"])
+    took = trained(read_log(run_dir(*key.split("/"), make=False)), config["batch"])
     if took: facts["training"] = took | {"device": device_name(device)}
     return write_kept(key, tensors, config, facts)
 
@@ -145,7 +145,7 @@ def keep_weights(
     "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished."
     names = [f"score-{seed}", *(f"classifier-{loss}-{seed}" for loss in LOSSES)]
     for name in names:
-        if not any(run_dir(preset.dataset, preset.name, name).glob("step-*")):
+        if not any(run_dir(preset.dataset, preset.name, name, make=False).glob("step-*")):
             raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished run can be kept")
     score = load_score(preset, seed)
     nets = [score, *(load_classifier(preset, loss, score, seed) for loss in LOSSES)]

@@ -50,7 +50,8 @@ def find_root(
     here = Path(start or ".").resolve()
     for folder in (here, *here.parents):
         settings = configparser.ConfigParser(interpolation=None)
-        settings.read(folder/"settings.ini", encoding="utf-8")
+        try: settings.read(folder/"settings.ini", encoding="utf-8-sig")
+        except (configparser.Error, UnicodeDecodeError): continue  # another program's
         if settings.get("DEFAULT", "lib_name", fallback=None) == "dlsm": return folder
     raise FileNotFoundError(f"no settings.ini with lib_name = dlsm in {here} or above: work inside a clone of the repository, "
                             "or set DLSM_ROOT to the folder that shall hold runs/ and figures/")
@@ -60,10 +61,11 @@ def run_dir(
     dataset:str, # moons, digits, cifar10 or cifar100
     preset:str,  # the preset's name
     *parts:str,  # folders below
+    make:bool=True, # False: only look
 ) -> Path: # runs/<dataset>/<preset>/…, made if missing
     "Return the folder for checkpoints and samples."
     path = find_root().joinpath("runs", dataset, preset, *parts)
-    path.mkdir(parents=True, exist_ok=True)
+    if make: path.mkdir(parents=True, exist_ok=True)
     return path
 
 

@@ -176,7 +176,7 @@ def _finished(
     steps:int, # it should have
 )->nn.Module: # trained, in eval mode, frozen
     "Load the network of a finished training, or the kept weights (`dlsm.kept`) where none was begun, and say so."
-    folder = run_dir(preset.dataset, preset.name, name)
+    folder = run_dir(preset.dataset, preset.name, name, make=False)
     saved, (kept, where) = load_checkpoint(folder, config), (None, "")
     if not finished_steps(folder): kept, where = load_kept(f"{preset.dataset}/{preset.name}/{name}", config)
     if kept: print(f"{name}: {where}", flush=True)

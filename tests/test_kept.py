@@ -93,6 +93,16 @@ def test_sample_sets_name_the_weights_that_were_used(clean):
     assert marks == {"score": index["digits/smoke/score-0.safetensors"]["rounded"], "classifier": index["digits/smoke/classifier-total-0.safetensors"]["rounded"]}
 
 
+def test_looking_for_networks_writes_nothing(clean, monkeypatch):
+    "As on a disk that can only be read."
+    def read_only(path, *args, **kwargs): raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
+    load_networks(SMOKE)
+    refused(FileNotFoundError, "score-1 of digits, preset smoke, has not been trained: run", load_score, SMOKE, 1)
+    refused(FileNotFoundError, "only a finished run can be kept", keep_weights, SMOKE, 1)
+    assert [p.name for p in clean.iterdir()] == ["weights"]
+
+
 def test_a_training_goes_before_kept_weights(trained, clean, capsys):
     shutil.copytree(trained[0]/"runs"/"digits"/"smoke"/"score-0", clean/"runs"/"digits"/"smoke"/"score-0")
     score = load_score(SMOKE)

@@ -60,12 +60,24 @@ def test_root(root, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="not a folder"): find_root()
 
 
+@pytest.mark.parametrize("content", [b"lib_name = dlsm\n", "[Größe]\na = 1\n".encode("latin-1"), b"[a]\n[a]\n", "[DEFAULT]\na = 1\n".encode("utf-16")],
+                         ids=["no section", "latin-1", "twice the same", "UTF-16"])
+def test_settings_of_other_programs_are_passed_over(root, tmp_path, monkeypatch, content):
+    monkeypatch.delenv("DLSM_ROOT", raising=False)
+    (tmp_path/"ours"/"theirs").mkdir(parents=True)
+    (tmp_path/"settings.ini").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match="no settings.ini with lib_name = dlsm"): find_root(tmp_path)
+    (tmp_path/"ours"/"settings.ini").write_bytes(b"\xef\xbb\xbf" + (root/"settings.ini").read_bytes())  # as an editor of Windows writes it
+    (tmp_path/"ours"/"theirs"/"settings.ini").write_bytes(content)
+    assert find_root(tmp_path/"ours"/"theirs") == tmp_path/"ours"
+
+
 def test_each_preset_has_its_own_folders(home):
     folders = [figure_dir("moons", preset) for preset in ("smoke", "demo", "paper", "mine")]
     assert len(set(folders)) == 4 and figure_dir("moons") == figure_dir("moons", "demo") == home/"figures/moons"
     assert figure_dir("cifar10", "cpu") == figure_dir("cifar10", "demo")  # which a run on a GPU replaces
     assert folders[0] == home/"runs/smoke/figures/moons" and not folders[0].exists()
-    assert run_dir("moons", "demo", "prior").is_dir()
+    assert run_dir("moons", "demo", "prior").is_dir() and not run_dir("moons", "demo", "other", make=False).exists()
 
 
 def test_need(home):
