@@ -30,9 +30,15 @@ def rounded(
 
 # %% ../nbs/13e_kept.ipynb #f91dedff
 def kept_index()->dict[str, dict]: # size, sha256, fingerprints, … of each file, by its path below weights/
-    "Read the list of the kept weights; it is empty where nothing is kept."
+    "Read the list of the kept weights; it is empty where nothing is kept. Raises `ValueError`, one line, if it is damaged."
     path = find_root() / "weights" / "index.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists(): return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if absent := {key for entry in index.values() for key in {"sha256", "fingerprint", "rounded"} - entry.keys()}: raise ValueError(f"an entry without {min(absent)}")
+    except (ValueError, TypeError, AttributeError) as e:  # the last two: JSON of another kind
+        raise ValueError(f"weights/index.json is damaged ({e}); get it back with `git checkout -- weights/index.json`") from None
+    return index
 
 
 def write_kept(

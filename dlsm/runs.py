@@ -216,7 +216,12 @@ def paper(
 # %% ../nbs/17_runs.ipynb #deff016c
 def _plain(value:Any, where:str) -> Any:
     "Turn arrays and tensors into lists, and refuse what JSON cannot hold."
-    if isinstance(value, dict): return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, dict):
+        found = {}
+        for k, v in value.items():
+            if str(k) in found: raise ValueError(f"{where} has two keys that are {str(k)!r} as text, which JSON's keys are: rename one of them")
+            found[str(k)] = _plain(v, f"{where}[{k!r}]")
+        return found
     if isinstance(value, (list, tuple)): return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if hasattr(value, "tolist"): return _plain(value.tolist(), where)
     if isinstance(value, float) and not math.isfinite(value): raise ValueError(f"{where} is {value}: save None for what is undefined")
@@ -241,9 +246,9 @@ def save_result(
 ) -> Path: # figures/<dataset>/<id>.json (see `figure_dir`)
     """Save a result with its figure or table and with full provenance; the JSON file is written last.
 
-    Raises `ValueError` for values that are not finite, or a title that hides that the run was reduced."""
+    Raises `ValueError` for values that are not finite, keys that are the same as text, or a title that hides that the run was reduced."""
     name = preset.name if preset else None
-    if name not in (None, "paper") and not any(word in title.lower() for word in (name, "reduced")):
+    if name not in (None, "paper") and not any(word in title.lower() for word in (name.lower(), "reduced")):
         raise ValueError(f"title={title!r} hides that preset {name!r} is not the paper's: name the preset in it, or say 'reduced'")
     target = figure_dir(dataset, name)/f"{id}.json"
     result = {"id": id, "title": title, "dataset": dataset, "preset": asdict(preset) if preset else None, "seeds": list(seeds),

@@ -122,6 +122,12 @@ def test_damaged_or_missing_files_are_refused(clean):
     refused(ValueError, "score-0.safetensors is missing, .*git checkout", load_score, SMOKE)
 
 
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "3", '{"digits/smoke/score-0.safetensors": null}', '{"digits/smoke/score-0.safetensors": {}}'])
+def test_a_damaged_index_is_refused(clean, content):
+    (clean/"weights"/"index.json").write_text(content)
+    refused(ValueError, "weights/index.json is damaged .*git checkout -- weights/index.json", load_score, SMOKE)
+
+
 def test_other_configurations_are_passed_over_with_the_reason(clean):
     other = dataclasses.replace(SMOKE, score=dataclasses.replace(SMOKE.score, lr=1.))
     text = r"has not been trained \(weights/digits/smoke/score-0.* is of another configuration: lr=0.002 there and 1.0 here\): run `papermill"

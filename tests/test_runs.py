@@ -217,7 +217,15 @@ def test_values_that_are_none(home, values):
     assert list_results() == []
 
 
+def test_keys_that_are_the_same_as_text(home):
+    "One would replace the other in silence."
+    with pytest.raises(ValueError, match=r"values\['a'\] has two keys that are '1' as text"): save({"a": {1: 0.5, "1": 0.25}}, Preset("demo"))
+    save({"a": {1: 0.5, 2: 0.25}}, Preset("demo"))
+    assert load_result("table1", "moons")["values"] == {"a": {"1": 0.5, "2": 0.25}}
+
+
 def test_reduced_results_say_so(home):
+    save({"a": 1}, Preset("CPU"), title="Table 1, preset CPU")
     with pytest.raises(ValueError, match="reduced"): save({"a": 1}, Preset("demo"), title="Table 1")
     save({"a": 1}, Preset("paper"), title="Table 1")
     save({"a": 1}, None, title="Fig. 2")
