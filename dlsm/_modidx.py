@@ -95,6 +95,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.features._identity': ('features.html#_identity', 'dlsm/features.py'),
                                'dlsm.features._noted': ('features.html#_noted', 'dlsm/features.py'),
                                'dlsm.features._same': ('features.html#_same', 'dlsm/features.py'),
+                               'dlsm.features.as_points': ('features.html#as_points', 'dlsm/features.py'),
                                'dlsm.features.check_images': ('features.html#check_images', 'dlsm/features.py'),
                                'dlsm.features.efficientnet': ('features.html#efficientnet', 'dlsm/features.py'),
                                'dlsm.features.fid_name': ('features.html#fid_name', 'dlsm/features.py'),

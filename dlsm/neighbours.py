@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .features import Features, paired
+from .features import Features, as_points, paired
 from .float32 import full_float32
 
 # %% ../nbs/15c_neighbours.ipynb #f3f60004
@@ -34,15 +34,16 @@ def _clouds(
     *sets:Tensor, # [N, D], [M, D], …
 )->list[Cloud]: # with one centre and scale
     "Centre and scale sets of points alike."
-    centre = sets[0].mean(0)
-    scale = max(_rows(points, lambda part: (part - centre.to(part)).norm(dim=1)).max().item() for points in sets) or 1.
+    centre = _rows(sets[0], lambda part: part.sum(0, keepdim=True, dtype=torch.float64)).sum(0) / len(sets[0])
+    scale = max(_rows(points, lambda part: (part - centre).norm(dim=1)).max().item() for points in sets) or 1.
+    if not scale < 1e150: raise ValueError(f"points reach {scale:.0e} from their mean: the squares of distances overflow float64; divide all points by a number first")
     return [_cloud(points, centre, scale) for points in sets]
 
 
 def _cloud(points:Tensor, centre:Tensor, scale:float)->Cloud:
     x = torch.empty(len(points), points.shape[1] + 1, dtype=torch.float32, device=points.device)
     size = max(1, _budget(x) // x.shape[1])
-    for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre.to(part)) / scale
+    for part, into in zip(points.split(size), x.split(size)): into[:, :-1] = (part - centre).div_(scale)
     cloud = Cloud(points, x, _rows(x, lambda part: part[:, :-1].double().square().sum(1)), scale)
     x[:, -1] = (_slack(cloud) - 1) / 2 * cloud.norm
     return cloud
@@ -117,10 +118,11 @@ def _kth(
 
 
 def radii(
-    points:Tensor, # [N, D]
+    points:Tensor|Features, # [N, D]
     k:int, # which neighbour, 1 is the nearest other point
 )->Tensor: # [N], float64
-    "Give the distance from each point to its k-th nearest neighbour among the others."
+    "Give the distance from each point to its k-th nearest neighbour among the others. Raises `ValueError`, one line, as `prdc` does."
+    points = as_points(points, "points")
     _check_k(k, points=points)
     (cloud,) = _clouds(points)
     return _kth(cloud, cloud, k + 1)[0].sqrt()

@@ -85,6 +85,21 @@ def test_radii_and_nearest():
     assert torch.allclose(radii(b, 4), own[:, 4], rtol=1e-12)
 
 
+@pytest.mark.parametrize("unit", (2.**70, 2.**-90))
+def test_the_unit_does_not_matter(unit):
+    "Float32 holds these features, but not their squares."
+    real, fake = random(300, 8), random(200, 8, seed=1)
+    there, here = prdc_points(unit * real, unit * fake, 3), prdc_points(real, fake, 3)
+    assert all(torch.equal(there[name], here[name]) for name in PRDC)
+    assert torch.equal(radii(unit * real, 3), unit * radii(real, 3)) and torch.equal(nearest(unit * fake, unit * real)[1], nearest(fake, real)[1])
+
+
+def test_radii_take_what_prdc_takes():
+    x = random(30, 4).requires_grad_()
+    found = radii(x, 2)
+    assert not found.requires_grad and torch.equal(found, radii(features(x.detach()), 2)) and torch.equal(found, radii(x.detach().numpy(), 2))
+
+
 def test_expected_coverage_and_mode_collapse():
     values = [prdc(random(400, 6, seed=i), random(500, 6, seed=100 + i), 3, ["coverage"])["coverage"] for i in range(30)]
     assert np.mean(values) == pytest.approx(expected_coverage(400, 500, 3), abs=4 * np.std(values) / 30**0.5)
@@ -127,10 +142,12 @@ def test_memory_depends_on_the_tile_not_on_the_square():
 
 @pytest.mark.gpu
 def test_prdc_on_a_gpu():
-    "Each point counts alike; the means over the points may differ in their last digit, since a GPU adds up in another order."
+    """Each point counts alike; the means over the points may differ in their last digit, since a GPU adds up in another order.
+    (Density is a count over k, and PyTorch divides by a number on a GPU by multiplying with its reciprocal: the last digit differs.)"""
     real, fake = random(3000, 64), random(3000, 64, seed=1)
     there, here = prdc_points(real.cuda(), fake.cuda(), 3), prdc_points(real, fake, 3)
-    assert all(torch.equal(there[name].cpu(), here[name]) for name in here)
+    assert all(torch.equal(there[name].cpu(), here[name]) for name in ("precision", "recall", "coverage"))
+    torch.testing.assert_close(there["density"].cpu(), here["density"], rtol=1e-12, atol=1e-12)
     assert prdc(real.cuda(), fake.cuda(), 3) == pytest.approx(prdc(real, fake, 3), rel=1e-12)
 
 
@@ -138,6 +155,11 @@ def test_prdc_on_a_gpu():
     (lambda: prdc(random(10, 3), random(10, 4)), "real has shape (10, 3) and fake (10, 4); expected [N, D] and [M, D]"),
     (lambda: prdc(random(4, 3), random(9, 3), 4), "k=4 with 4 points of real: a k-th neighbour among the others needs 0 < k < number of points"),
     (lambda: prdc(random(9, 3), random(9, 3) / 0, 4), "fake (9, 3) has values that are NaN or infinite"),
+    (lambda: radii(torch.where(torch.arange(9)[:, None] == 4, torch.nan, random(9, 3)), 2), "points (9, 3) has values that are NaN or infinite"),
+    (lambda: radii(random(9, 3).long(), 2), "points (9, 3) has dtype torch.int64; expected features, floating-point numbers"),
+    (lambda: radii(random(9), 2), "points has shape (9,); expected [N, D]"),
+    (lambda: prdc(1e200 * random(9, 3, dtype=torch.float64), random(9, 3), 4),
+     "points reach inf from their mean: the squares of distances overflow float64; divide all points by a number first"),
     (lambda: prdc(random(9, 3).long(), random(9, 3), 4), "real (9, 3) has dtype torch.int64; expected features, floating-point numbers"),
     (lambda: prdc(random(9, 3), random(9, 3), 4, ["precison"]), "no such metric: precison; there are precision, recall, density, coverage"),
     (lambda: prdc(features(random(20, 3)), features(random(20, 3), network="space"), 3),
