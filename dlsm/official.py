@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import RLock, get_ident
 
 import numpy as np
 import torch
@@ -160,14 +161,19 @@ def _converted(path:Path, net:nn.Module, kind:str, dataset:str) -> dict[str, Ten
     return weights
 
 
+_BUILDING = RLock()  # one thread at a time replaces what PyTorch registers parameters with
+
+
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    "Build networks whose parameters have shapes but take no memory; buffers are made as ever."
-    register = nn.Module.register_parameter
-    def empty(module, name, p): register(module, name, None if p is None else nn.Parameter(p.to("meta"), p.requires_grad))
-    nn.Module.register_parameter = empty
-    try: yield
-    finally: nn.Module.register_parameter = register
+    "Build networks whose parameters have shapes but take no memory; buffers are made as ever, and so is all that other threads build."
+    with _BUILDING:
+        register, here = nn.Module.register_parameter, get_ident()
+        def empty(module, name, p):
+            register(module, name, p if p is None or get_ident() != here else nn.Parameter(p.to("meta"), p.requires_grad))
+        nn.Module.register_parameter = empty
+        try: yield
+        finally: nn.Module.register_parameter = register
 
 
 def _load(path:str|Path, kind:str, dataset:str, build:Callable[[], nn.Module]) -> nn.Module:

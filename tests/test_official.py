@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -141,6 +143,27 @@ def test_loading_makes_no_network_elsewhere_empty(saved):
     load(saved, "ncsnpp_small")
     with pytest.raises(ZeroDivisionError): load_score(saved, "cifar10", lambda: 1/0)
     assert {p.device.type for p in nn.Linear(2, 2).parameters()} == {"cpu"}
+
+
+def test_threads_that_load_do_not_disturb_one_another(saved):
+    "What another thread builds meanwhile has its weights; of two that load, neither leaves networks empty, whichever is ready first."
+    build, first, second, beside = PARITY["ncsnpp_small"][0], Event(), Event(), []
+
+    def slow():
+        with ThreadPoolExecutor(1) as other: beside.append(other.submit(nn.Linear, 2, 2).result())
+        first.set()
+        second.wait(0.5)  # in vain, where loading takes turns
+        return build()
+
+    def fast():
+        second.set()
+        ready.result()
+        return build()
+    with ThreadPoolExecutor(2) as threads:
+        ready = threads.submit(load_score, saved, "cifar10", slow)
+        first.wait(60)
+        nets = [threads.submit(load_score, saved, "cifar10", fast).result(60), ready.result()]
+    assert all(p.device.type == "cpu" for net in (*nets, *beside, nn.Linear(2, 2)) for p in net.parameters())
 
 
 # ---- writing them
