@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                               'dlsm.frechet.inception_score': ('frechet.html#inception_score', 'dlsm/frechet.py'),
                               'dlsm.frechet.moments': ('frechet.html#moments', 'dlsm/frechet.py')},
             'dlsm.guidance': { 'dlsm.guidance._first_look': ('decomposition.html#_first_look', 'dlsm/guidance.py'),
+                               'dlsm.guidance._full': ('decomposition.html#_full', 'dlsm/guidance.py'),
                                'dlsm.guidance._gradient_of': ('decomposition.html#_gradient_of', 'dlsm/guidance.py'),
                                'dlsm.guidance.check_logits': ('decomposition.html#check_logits', 'dlsm/guidance.py'),
                                'dlsm.guidance.likelihood_score': ('decomposition.html#likelihood_score', 'dlsm/guidance.py'),

@@ -16,12 +16,15 @@ import torch
 def full_float32(
     convolutions:bool=True, # keep it out of convolutions too, not of products of matrices alone
 )->Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 products while the block runs, forwards and backwards; then the settings are again what they were.
+    """Keep TF32, bfloat16 and an outer autocast out of float32 products while the block runs, forwards and backwards; then the settings are again what they were.
 
-    For what runs in the block, not for what is only defined there: a backward pass afterwards is outside. Costs nothing where there is no such format.
+    For what runs in the block, not for what is only defined there: a backward pass afterwards is outside, and an autocast of a network's own, as in `in_bf16`, is
+    its own affair. Costs nothing where there is no such format.
     """
     matmul, conv = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
     with ExitStack() as after:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device): after.enter_context(torch.autocast(device, enabled=False))
         def change(layers):
             for layer in layers:
                 after.callback(setattr, layer, "fp32_precision", layer.fp32_precision)

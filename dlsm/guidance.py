@@ -8,7 +8,7 @@ __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelih
 # %% ../nbs/02_decomposition.ipynb #906db570
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,14 @@ def likelihood_score_and_logits(
     return _gradient_of(classifier, log_likelihood, x_noisy)
 
 # %% ../nbs/02_decomposition.ipynb #fe825413
+def _full(
+    x:Tensor, # whose device it is about
+)->AbstractContextManager:
+    "Give the block of full float32; under `torch.compile`, which knows no settings of TF32, one without autocast."
+    if not torch.compiler.is_compiling(): return full_float32()
+    return torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+
+
 def likelihood_score(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
@@ -93,9 +101,9 @@ def likelihood_score(
     """Compute the likelihood score of a classifier, the gradient of log p(y|x̃) with respect to x̃.
 
     A classifier that does not depend on its input has a zero score. Raises `ValueError` for mismatched shapes, levels that are not
-    positive and labels out of range. Without a graph it runs in full float32 (`dlsm.float32`); with one, that is for who goes backwards.
+    positive and labels out of range. Without a graph it runs in full float32 (`dlsm.float32`), whatever autocast is around it; with one, that is for who goes backwards.
     """
-    with torch.set_grad_enabled(create_graph), nullcontext() if create_graph or torch.compiler.is_compiling() else full_float32():
+    with torch.set_grad_enabled(create_graph), nullcontext() if create_graph else _full(x_noisy):
         return likelihood_score_and_logits(classifier, x_noisy, sigma, y)[0]
 
 # %% ../nbs/02_decomposition.ipynb #ea8a1399
@@ -147,7 +155,7 @@ def posterior_score(
         alpha = expand(scale, x_noisy) if isinstance(scale, Tensor) else scale
         if isinstance(scale, Tensor) and scale.shape not in ((), sigma.shape):
             raise ValueError(f"scale has shape {tuple(scale.shape)}; expected one value, or one per item of x_noisy {tuple(x_noisy.shape)}")
-        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else full_float32():
+        with torch.no_grad(), _full(x_noisy):
             likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, labels)
         if not looked and not torch.compiler.is_compiling(): looked.append(_first_look(score, classifier, labels, likelihood, logits))
         return prior_score(score, x_noisy, sigma) + alpha * likelihood

@@ -1,4 +1,6 @@
 """Full float32: where gradients of a classifier are trained, measured or followed, TF32 is kept out, and the settings come back."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,7 @@ from torch import nn
 from dlsm.float32 import full_float32
 from dlsm.guidance import likelihood_score, posterior_score
 from dlsm.mismatch import image_oracle, mismatch
+from dlsm.samplers import in_bf16
 from dlsm.training import fit
 
 CONV = torch.backends.cudnn.conv
@@ -92,6 +95,45 @@ def test_guidance_runs_in_it():
     likelihood_score(net, X, SIGMA, Y)
     posterior_score(lambda x, sigma: -x, net, Y)(X, SIGMA)
     assert SEEN == [False] * 4 and may_round()  # two forward and two backward passes
+
+
+class Smooth(nn.Module):
+    "A score, or with four outputs a classifier, whose layers bfloat16 changes visibly."
+    def __init__(self, outputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.seen = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, outputs)), []
+
+    def forward(self, x, sigma):
+        z = self.net(x)
+        self.seen.append(z.dtype)
+        return z
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_an_outer_autocast_does_not_reach_a_gradient(compiled, where):
+    "Neither one around what is compiled nor one that is compiled too. A score may have an autocast of its own."
+    classifier, score = Smooth(4), Smooth(2)
+    def autocast(): return torch.autocast("cpu", torch.bfloat16)
+    def compute(x):
+        with autocast() if where == "inside" else nullcontext(): return likelihood_score(classifier, x, SIGMA, Y), posterior_score(in_bf16(score), classifier, Y)(x, SIGMA)
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    exact = likelihood_score(classifier, x, SIGMA, Y)
+    with autocast(): prior = score(x, SIGMA).float()
+    computed = torch.compile(compute, backend="aot_eager", fullgraph=True) if compiled else compute
+    with autocast() if where == "outside" else nullcontext(): found, guided = computed(x)
+    torch._dynamo.reset()
+    assert set(classifier.seen) == {torch.float32} and set(score.seen) == {torch.bfloat16}
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(guided, prior + exact, rtol=1e-6, atol=1e-6)
+
+
+def test_an_outer_autocast_does_not_reach_the_block():
+    a = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_float32(): assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
 
 
 def test_errors_are_measured_in_it():

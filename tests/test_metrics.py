@@ -68,6 +68,12 @@ def test_exact_where_float32_is_not():
         assert prdc(line, torch.full((2, 1), 4. + shift, dtype=torch.float64), 1, ["precision"])["precision"] == inside
 
 
+def test_an_outer_autocast_changes_nothing():
+    real, fake = random(300, 16), random(300, 16, seed=1)
+    with torch.autocast("cpu", torch.bfloat16): inside = prdc(real, fake, 3), radii(real, 3)
+    assert inside[0] == prdc(real, fake, 3) and torch.equal(inside[1], radii(real, 3))
+
+
 def test_copies_and_duplicates():
     real, one = random(200, 12), random(1, 12, seed=2).expand(200, -1)
     found = prdc(real, one, 3)
