@@ -513,6 +513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                          'dlsm.vp.VPScore.forward': ('vp.html#vpscore.forward', 'dlsm/vp.py'),
                          'dlsm.vp._VP': ('vp.html#_vp', 'dlsm/vp.py'),
                          'dlsm.vp._VP.__init__': ('vp.html#_vp.__init__', 'dlsm/vp.py'),
+                         'dlsm.vp._VP._apply': ('vp.html#_vp._apply', 'dlsm/vp.py'),
                          'dlsm.vp._VP.levels': ('vp.html#_vp.levels', 'dlsm/vp.py'),
                          'dlsm.vp._VP.shrunk': ('vp.html#_vp.shrunk', 'dlsm/vp.py'),
                          'dlsm.vp.check_score': ('vp.html#check_score', 'dlsm/vp.py')}}}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .dsm import Score, perturb
 from .guidance import prior_score
-from .schedule import check_batch, expand
+from .schedule import check_batch, expand, in_dtype_of
 
 # %% ../nbs/12d_vp.ipynb #7a1e0005
 class _VP(nn.Module):
@@ -29,6 +29,12 @@ class _VP(nn.Module):
             raise ValueError(f"alphas_cumprod {tuple(abar.shape)}: expected ᾱ of each step [T], decreasing, between 0 and 1 (the products of 1 − β, not the β)")
         self.net = net
         self.register_buffer("log_sigmas", (((1 - abar)/abar).log()/2).float(), persistent=False)
+
+    def _apply(self, fn, recurse=True):  # what `to`, `half`, `double` and their like call
+        ladder = self.log_sigmas
+        super()._apply(fn, recurse)
+        self.log_sigmas = ladder.to(self.log_sigmas.device)  # in float32: a cast is for the network, and bfloat16 would make steps of its own
+        return self
 
     def levels(self,
         n:int|None=None, # how many of the steps' own levels; None: all
@@ -45,8 +51,9 @@ class _VP(nn.Module):
     ) -> tuple[Tensor, Tensor]: # x_t like x_noisy, steps t [B]
         "Give the network's own input."
         check_batch(x_noisy, sigma)
+        x_t = x_noisy/(1 + expand(in_dtype_of(sigma, x_noisy), x_noisy)**2).sqrt()
         ladder = self.log_sigmas.to(sigma.device)  # a function as `net` says nothing of where it runs, and ᾱ often lies on the CPU
-        return x_noisy/(1 + expand(sigma, x_noisy)**2).sqrt(), torch.bucketize(sigma.float().log(), (ladder[1:] + ladder[:-1])/2)
+        return x_t.to(x_noisy.dtype), torch.bucketize(sigma.float().log(), (ladder[1:] + ladder[:-1])/2)
 
 # %% ../nbs/12d_vp.ipynb #7a1e0105
 class VPScore(_VP):
@@ -70,10 +77,10 @@ class VPScore(_VP):
         if not isinstance(found, Tensor): raise ValueError(f"net gave a {type(found).__name__}; expected a tensor: wrap it, as in lambda x, t: net(x, t).sample")
         if found.shape[1:2] == (2*x_t.shape[1],) and found.shape[2:] == x_t.shape[2:]: found = found[:, :x_t.shape[1]]
         if found.shape != x_t.shape: raise ValueError(f"net gave shape {tuple(found.shape)}; expected that of x_t: {tuple(x_t.shape)}")
-        s = expand(sigma, x_t)
+        s = expand(in_dtype_of(sigma, x_t), x_t)
         shrink = 1/(1 + s**2).sqrt()
         noise = {"noise": lambda: found, "data": lambda: (x_noisy - found)/s, "v": lambda: shrink*(s*x_t + found)}[self.predicts]()
-        return -noise/s
+        return (-noise/s).to(x_noisy.dtype)
 
 # %% ../nbs/12d_vp.ipynb #7a1e0106
 class VPClassifier(_VP):

@@ -58,6 +58,32 @@ def test_the_step_is_the_nearest():
     assert asked[-1].tolist() == [0, 999]
 
 
+def test_levels_in_float64_meet_images_and_networks_in_float32():
+    net = nn.Linear(2, 2)
+    x, sigma = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 1., 10.])
+    for predicts in ("noise", "data", "v"):
+        score = VPScore(lambda x_t, t: net(x_t), ABAR, predicts)
+        found = score(x, sigma.double())
+        assert found.dtype == torch.float32 and torch.equal(found, score(x, sigma))
+    classifier = VPClassifier(lambda x_t, t: net(x_t), ABAR)
+    assert torch.equal(classifier(x, sigma.double()), classifier(x, sigma))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_is_for_the_network(dtype):
+    "The ladder keeps its digits, also where the wrapper is part of something larger; score and images are the network's."
+    class Net(nn.Linear):
+        def forward(self, x_t, t):
+            self.asked = t
+            return super().forward(x_t)
+    score = VPScore(Net(2, 2), ABAR)
+    levels, whole = score.levels(), nn.Sequential(score).to(dtype)
+    assert torch.equal(score.levels(), levels) and score.net.weight.dtype == dtype
+    found = whole[0](torch.ones(1000, 2, dtype=dtype), levels.flip(0))
+    assert found.dtype == dtype and torch.equal(score.net.asked, torch.arange(1000))
+    assert score.to("meta").log_sigmas.device.type == "meta"
+
+
 def test_steps_are_where_the_images_are():
     "ᾱ may lie elsewhere: a function in the place of a network is never moved."
     found = []
