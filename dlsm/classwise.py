@@ -36,12 +36,15 @@ def classwise(
 )->dict: # classes, dropped (classes with too few images), n_real, n_fake, precision, …, fid, each [classes], and their averages
     """Compute precision, recall, density, coverage and the Fréchet distance within each class, and their averages (CW).
 
-    Raises `ValueError`, one line, for unequal numbers of generated images, a class with fewer than k + 1 images, and as `prdc` does."""
+    Raises `ValueError`, one line, for unequal numbers of generated images, classes without real images, a class with fewer than k + 1 images, and as `prdc` does."""
     paired(real, fake)
+    asked = real.y.unique().tolist()
+    if unknown := sorted({*fake.y.tolist()} - {*asked}):
+        raise ValueError(f"generated images are of class {', '.join(map(str, unknown))}, of which there are no real ones; real classes are {asked[0]} … {asked[-1]}")
     if as_released: real, fake = released(real, fake, seed)
     elif balanced: check_balanced(fake.y)
     classes, dropped, rows = [], [], []
-    for c in real.y.unique().tolist():
+    for c in asked:
         own, theirs = real.take(real.y == c), fake.take(fake.y == c)
         if min(len(own), len(theirs)) <= k:
             if not as_released: raise ValueError(f"class {c} has {len(own)} real and {len(theirs)} generated images; k={k} needs at least {k + 1} of each")
@@ -50,6 +53,7 @@ def classwise(
         classes.append(c)
         apart = {"fid": frechet_distance(moments(own), moments(theirs))} if distance else {}
         rows.append(prdc(own, theirs, k) | apart | {"n_real": len(own), "n_fake": len(theirs)})
+    if not rows: raise ValueError(f"none of {len(dropped)} classes has more than k={k} real and generated images as the released code sees them; take more images")
     found = {name: [row[name] for row in rows] for name in rows[0]}
     average = {name: sum(found[name]) / len(rows) for name in (*PRDC, *apart)}
     return {"classes": classes, "dropped": dropped, **found, "average": average}

@@ -193,5 +193,6 @@ def each_once(
     *parts:Tensor, # tensors of the same length, such as images and labels
     batch:int, # items at a time; the last part may be smaller
 )->Iterator[tuple[Tensor, ...]]: # the parts, cut
-    "Go through a set in its own order, each item exactly once."
+    "Go through a set in its own order, each item exactly once. Raises `ValueError` for parts of different lengths."
+    if len({len(part) for part in parts}) > 1: raise ValueError(f"parts have {', '.join(str(len(part)) for part in parts)} items; expected as many of each")
     yield from zip(*(part.split(batch) for part in parts))

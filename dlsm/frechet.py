@@ -44,6 +44,7 @@ def moments(
         parts = parts.split(2048) if len(parts) else ()
     n, mean, total = 0, 0., 0.
     for part in parts:
+        if not len(part): continue
         part = part.double()
         if not part.isfinite().all(): raise ValueError(f"features {tuple(part.shape)} have values that are NaN or infinite")
         m, own = len(part), part.mean(0)

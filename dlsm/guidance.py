@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dsm import Score, _check_score
 from .float32 import full_float32
-from .schedule import check_batch, expand
+from .schedule import check_batch, expand, in_dtype_of
 
 # %% ../nbs/02_decomposition.ipynb #c96264a7
 Classifier = Callable[[Tensor, Tensor], Tensor]  # (x_noisy [B, …], sigma [B]) -> logits [B, K]
@@ -152,11 +152,11 @@ def posterior_score(
 
     def guided(x_noisy, sigma):
         labels = torch.full(sigma.shape, y, device=sigma.device) if isinstance(y, int) else y
-        alpha = expand(scale, x_noisy) if isinstance(scale, Tensor) else scale
+        alpha = expand(in_dtype_of(scale, x_noisy), x_noisy) if isinstance(scale, Tensor) else scale
         if isinstance(scale, Tensor) and scale.shape not in ((), sigma.shape):
             raise ValueError(f"scale has shape {tuple(scale.shape)}; expected one value, or one per item of x_noisy {tuple(x_noisy.shape)}")
         with torch.no_grad(), _full(x_noisy):
             likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, labels)
-        if not looked and not torch.compiler.is_compiling(): looked.append(_first_look(score, classifier, labels, likelihood, logits))
+        if not looked and len(x_noisy) and not torch.compiler.is_compiling(): looked.append(_first_look(score, classifier, labels, likelihood, logits))
         return prior_score(score, x_noisy, sigma) + alpha * likelihood
     return guided

@@ -74,8 +74,10 @@ def accuracy_interval(
     right:Tensor, # whether each of S trainings is right on each of T ≥ 2 test images [S, T]; or the difference of two methods
     level:float=0.95, # share of intervals that hold the truth
 )->tuple[float, float]: # low, high
-    "Give an interval for the mean over test images and trainings; with S = 1 over test images only."
-    answers = right.double().cpu()
+    "Give an interval for the mean over test images and trainings; with S = 1 over test images only. Raises `ValueError` for another shape and fewer than two images."
+    answers = torch.as_tensor(right).double().cpu()
+    if answers.ndim != 2 or not len(answers) or answers.shape[1] < 2:
+        raise ValueError(f"right has shape {tuple(answers.shape)}; expected [S, T], S trainings and T ≥ 2 test images")
     errors = [part.std().item() / len(part)**0.5 * stdtrit(len(part) - 1, (1 + level) / 2) for part in (answers.mean(0), answers.mean(1)) if len(part) > 1]
     spread, value = float(np.hypot.reduce(errors)), answers.mean().item()
     return value - spread, value + spread

@@ -89,4 +89,4 @@ def total_loss(
     prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)
     dlsm = weighted_error(likelihood + prior + noise / expand(in_dtype_of(sigma, x), x), sigma, power, reduce)
-    return dlsm + lam * F.cross_entropy(logits, y.long(), reduction="none")
+    return dlsm + (in_dtype_of(lam, x) if isinstance(lam, Tensor) else lam) * F.cross_entropy(logits, y.long(), reduction="none")

@@ -33,7 +33,7 @@ def _gaussian(
     x:Tensor, # [B, …]
 )->Tensor: # like x, at least float32
     "Give the unit Gaussian noise that belongs to each item's key."
-    dtype, n = torch.promote_types(x.dtype, torch.float32), x[0].numel()
+    dtype, n = torch.promote_types(x.dtype, torch.float32), x.shape[1:].numel()
     pairs = torch.arange(1, (n + 1) // 2 + 1, device=x.device)
     bits = _mix(key[:, None] + _GOLDEN * pairs)
     radius = (((_down(bits, 32).to(dtype) + 0.5) * 2.**-32).log() * -2).sqrt()
@@ -47,9 +47,10 @@ def image_noise(
 )->Callable[[Tensor], Tensor]: # x [B, …] -> unit Gaussian noise like x, other noise at each call
     """Give a source of noise in which every image has its own, independent of the others in the batch.
 
-    The k-th call depends on seed, index, k and place only. Raises `ValueError` if `x` has not one item for each index.
+    The k-th call depends on seed, index, k and place only. Raises `ValueError` for a seed of more than 64 bits, and if `x` has not one item for each index.
     """
     if index.ndim != 1 or index.is_floating_point(): raise ValueError(f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected integers [B]")
+    if not -2**63 <= seed < 2**63: raise ValueError(f"seed={seed}; expected a number of 64 bits, −2⁶³ … 2⁶³ − 1")
     keys = _mix(_mix(torch.full_like(index, seed, dtype=torch.int64) + _GOLDEN) + index.long() * _GOLDEN)
     calls = count(1)
 

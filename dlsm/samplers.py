@@ -137,6 +137,7 @@ def karras_levels(
     "Give the levels of Karras et al. 2022. A sampler adds the final 0 itself."
     if not 0 < sigma_min < sigma_max < math.inf: raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}; expected 0 < sigma_min < sigma_max")
     if n < 2: raise ValueError(f"n={n}; a ladder has at least 2 levels")
+    if not 0 < rho < math.inf: raise ValueError(f"rho={rho}; expected an exponent > 0, such as 7")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return (high + torch.linspace(0, 1, n, dtype=torch.float64) * (low - high)) ** rho
 

@@ -193,8 +193,11 @@ def make_samples(
 )->Iterator[Path]: # each shard of this process, as soon as it is there
     """Draw a sample set (or this process's part of it), shard by shard; what is there already is kept.
 
-    Raises `ValueError` for networks of another data set, and if the folder holds another set; `FloatingPointError` for images that are not finite.
+    Raises `ValueError` for networks of another data set, numbers below 1, and if the folder holds another set; `FloatingPointError` for images that are not finite.
     """
+    for name, value in (("n_per_class", n_per_class), ("batch", batch)):
+        if value is not None and value < 1: raise ValueError(f"{name}={value}; expected a number ≥ 1, or None for the {'preset' if name == 'n_per_class' else 'shard'}'s")
+    image_noise(seed, torch.arange(1))  # refuses a seed that it cannot take before anything is written
     sampler, device = sampler or settings.sampler, torch.device(device)
     folder, together = sample_dir(image.dataset, settings.name, method, seed, sampler, alpha), sampler.startswith("pc") and not settings.per_image
     if batch and batch < settings.shard and together: raise ValueError(f"batch={batch}; norms are averaged over a shard of {settings.shard} images, draw them together")

@@ -55,7 +55,7 @@ def check_batch(
     n_classes:int|None=None, # number of classes, where known
     name:str="x_noisy", # what the caller calls `x`
 ):
-    "Raise `ValueError` unless `x`, `sigma` and `y` make a batch: one positive level and one label in range per item."
+    "Raise `ValueError` unless `x`, `sigma` and `y` make a batch: one positive, finite level and one label in range per item."
     for what, value in ((name, x), ("sigma", sigma), *([("y", y)] if y is not None else [])):
         if not isinstance(value, Tensor): raise ValueError(f"{what} is a {type(value).__name__}; expected a tensor, one value per item")
     if x.ndim < 2: raise ValueError(f"{name} has shape {tuple(x.shape)}; expected a batch [B, …] of points or images")
@@ -63,6 +63,7 @@ def check_batch(
     if sigma.shape != x.shape[:1]:
         raise ValueError(f"sigma has shape {tuple(sigma.shape)}; expected one level per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")
     if _any(sigma, lambda s: ~(s > 0)): raise ValueError(f"sigma {tuple(sigma.shape)} has values that are not positive; a noise level must be > 0")
+    if _any(sigma, torch.isinf): raise ValueError(f"sigma {tuple(sigma.shape)} has values that are infinite; a noise level must be finite")
     if y is None: return
     if y.shape != x.shape[:1]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one label per item of {name} {tuple(x.shape)}: ({x.shape[0]},)")

@@ -149,7 +149,8 @@ def markdown_table(
     lines:Iterable[Iterable], # cells
 )->str: # Markdown
     "Write a table."
-    lines = [list(header), ["---"] * len(list(header)), *(list(line) for line in lines)]
+    header = list(header)
+    lines = [header, ["---"] * len(header), *(list(line) for line in lines)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

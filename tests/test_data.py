@@ -166,3 +166,4 @@ def test_flips_and_each_once():
     kept, mirrored = (found == x).flatten(1).all(1), (found == x.flip(3)).flatten(1).all(1)
     assert (kept ^ mirrored).all() and abs(mirrored.float().mean() - 0.5) < 0.05
     assert torch.equal(torch.cat([part for part, _ in each_once(x, x, batch=300)]), x)
+    with pytest.raises(ValueError, match="parts have 2000, 1999 items; expected as many of each"): list(each_once(x, x[1:], batch=300))

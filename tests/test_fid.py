@@ -60,7 +60,7 @@ def test_itself_and_degenerate_sets():
 def test_streamed_moments():
     a = correlated(1000, 30, 0, 1e4).float()
     whole = Moments(1000, a.double().mean(0), torch.cov(a.double().T))
-    for parts in (a, Features(a, torch.zeros(1000), "plane"), a.split(33), (row[None] for row in a)):
+    for parts in (a, Features(a, torch.zeros(1000), "plane"), a.split(33), (row[None] for row in a), (a[:0], a[:500], a[:0], a[500:])):
         found = moments(parts)
         assert found.n == 1000 and torch.allclose(found.mean, whole.mean, rtol=1e-12) and torch.allclose(found.cov, whole.cov, rtol=1e-6, atol=1e-9)
         assert found.cov.dtype == torch.float64
@@ -98,6 +98,7 @@ def test_inception_score_survives_certainty():
     (lambda: quietly(torch.zeros(5, 3), torch.zeros(5, 3) / 0), "fake (5, 3) has values that are NaN or infinite"),
     (lambda: quietly(moments(torch.randn(9, 3)), moments(torch.randn(9, 4))), "real has 3 features and fake 4; expected as many"),
     (lambda: moments(torch.zeros(1, 3)), "1 images: a covariance needs at least 2"),
+    (lambda: moments([torch.zeros(0, 3), torch.zeros(0, 3)]), "0 images: a covariance needs at least 2"),
     (lambda: moments(torch.zeros(4, 3) / 0), "features (4, 3) have values that are NaN or infinite"),
     (lambda: quietly(Features(torch.zeros(5, 3), torch.zeros(5), "a"), Features(torch.zeros(5, 3), torch.zeros(5), "b")),
      "real features are from a (weights none) and fake ones from b (weights none): only features of one network can be compared"),

@@ -224,6 +224,20 @@ def test_what_is_seldom_meant_is_warned_of_once(score, classifier, says):
         guided(X, S)
 
 
+def test_the_look_waits_for_a_batch_that_is_not_empty():
+    guided = posterior_score(lambda x, s: -x, lambda x, s: two(x, s).softmax(1), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert guided(X[:0], S[:0]).shape == (0, 2)
+    with pytest.warns(UserWarning, match="as probabilities do; expected logits"): guided(X, S)
+
+
+def test_a_scale_in_float64_leaves_the_score_in_float32():
+    alpha = torch.linspace(0, 10, 6, dtype=torch.float64)
+    found = posterior_score(lambda x, s: -x, two, Y, alpha)(X, S)
+    assert found.dtype == torch.float32 and torch.equal(found, posterior_score(lambda x, s: -x, two, Y, alpha.float())(X, S))
+
+
 def test_what_is_meant_is_not_warned_of():
     "Networks in eval mode; logits; a gradient that is 0 because the classifier is sure."
     with warnings.catch_warnings():

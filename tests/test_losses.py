@@ -151,6 +151,12 @@ def test_lambda_belongs_to_the_item_or_to_all():
         total_loss(lambda x, s: x, lambda x, s: -x, x, torch.zeros(6, dtype=torch.long), torch.ones(6), x, torch.ones(6, 1))
 
 
+def test_lambda_in_float64_leaves_the_loss_in_float32():
+    lam = torch.linspace(0, 1, 6, dtype=torch.float64)
+    found, same = (total_loss(two, prior, X, Y, S, X, weight) for weight in (lam, lam.float()))
+    assert found.dtype == torch.float32 and torch.equal(found, same)
+
+
 def test_levels_of_a_schedule_meet_float32_points():
     "They are float64; the losses are those of the same levels in float32, in float32."
     g = torch.Generator().manual_seed(0)

@@ -172,6 +172,12 @@ def test_prdc_on_a_gpu():
      "real features are from plane (weights none) and fake ones from space (weights none): only features of one network can be compared"),
     (lambda: check_balanced(torch.tensor([0, 0, 1])), "class 1 has 1 generated images and class 0 has 2: metrics depend on the number; take as many of each class, "
      "or say balanced=False"),
+    (lambda: classwise(features(random(30, 3), torch.arange(30) % 3), features(random(30, 3), torch.arange(30) % 5)),
+     "generated images are of class 3, 4, of which there are no real ones; real classes are 0 … 2"),
+    (lambda: classwise(features(random(30, 3)), features(random(30, 3)), as_released=True),
+     "none of 10 classes has more than k=3 real and generated images as the released code sees them; take more images"),
+    (lambda: accuracy_interval([[True]]), "right has shape (1, 1); expected [S, T], S trainings and T ≥ 2 test images"),
+    (lambda: accuracy_interval(torch.ones(9)), "right has shape (9,); expected [S, T], S trainings and T ≥ 2 test images"),
     (lambda: classwise(features(random(30, 3)), features(random(30, 3))), "class 0 has 3 real and 3 generated images; k=3 needs at least 4 of each"),
 ))
 def test_mistakes_are_one_line_each(call, told):
@@ -203,6 +209,8 @@ def test_released_protocol():
     found = classwise(real, fake, 3, as_released=True)
     assert found["dropped"][-16:] == list(range(84, 100)) and 82 in found["classes"]
     with pytest.raises(ValueError, match="metrics depend on the number"): classwise(real, kept)
+    few = torch.cat([torch.arange(200) % 2, torch.tensor([2])])  # seed 0 draws no image of the last class
+    assert classwise(features(random(201, 6), few), features(random(201, 6, seed=1), few), 3, as_released=True)["dropped"] == [2]
 
 
 # ---- intervals

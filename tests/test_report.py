@@ -188,6 +188,7 @@ def test_smoke_results_are_apart(home):
 
 
 def test_cells_cannot_break_a_table():
+    assert markdown_table((c for c in "ab"), [(1, 2)]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert markdown_table(("a",), [("p(y|x)",)]).splitlines()[2] == r"| p(y\|x) |"
 
 

@@ -199,6 +199,8 @@ def test_pc_draws_each_images_noise_by_default():
     (lambda s, x, l: heun_sample(posterior_score(s, lambda x, sigma: x, 1, torch.ones(2)), x, l), "scale has shape (2,)"),
     (lambda s, x, l: heun_sample(lambda x, sigma: x[:, :1], x, l), "score gave shape (3, 1)"),
     (lambda s, x, l: karras_levels(1., 0.1, 9), "expected 0 < sigma_min < sigma_max"),
+    *((lambda s, x, l, rho=rho: karras_levels(0.1, 1., 9, rho), f"rho={rho}; expected an exponent > 0") for rho in (0., -7., math.nan, math.inf)),
+    (lambda s, x, l: image_noise(2**63, torch.arange(3)), "seed=9223372036854775808; expected a number of 64 bits"),
     (lambda s, x, l: guide_between(s, s, 3., 2.), "expected an interval"),
     (lambda s, x, l: image_noise(0, torch.arange(2))(x), "expected one item for each of 2 images"),
 ])
@@ -227,6 +229,12 @@ def test_a_walk_that_ends_nowhere_is_an_error():
     x = torch.ones(4, 2)
     for walk in walks(lambda x, s: torch.where(torch.arange(4)[:, None] == 1, math.nan, -x / 100), x):
         with pytest.raises(FloatingPointError, match="[14] of 4 items are not finite after the walk"): walk()
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (0, 3, 4, 4)])
+def test_an_empty_batch_stays_empty(shape):
+    x = torch.empty(shape)
+    for walk in (*walks(lambda x, s: -x, x), lambda: pc_sample(lambda x, s: -x, x, karras_levels(0.1, 10., 9))): assert walk().shape == shape
 
 
 def test_shapes_that_would_broadcast_are_refused():

@@ -133,6 +133,15 @@ def test_what_is_not_finite_is_refused():
     assert not list(sample_dir("digits", "smoke", "base", 0, "heun-4", 1e30).glob("shard-*"))
 
 
+@pytest.mark.parametrize(("given", "told"), [
+    ({"n_per_class": -1}, "n_per_class=-1; expected a number ≥ 1, or None for the preset's"), ({"n_per_class": 0}, "n_per_class=0"),
+    ({"batch": -1}, "batch=-1; expected a number ≥ 1, or None for the shard's"), ({"seed": 2**63}, "seed=9223372036854775808; expected a number of 64 bits"),
+])
+def test_numbers_that_make_no_set_are_refused_before_anything_is_written(given, told, runs):
+    with pytest.raises(ValueError, match=told): made(**given)
+    assert not list(runs.iterdir())
+
+
 def test_another_set_in_the_folder_is_refused():
     made()
     with pytest.raises(ValueError, match="is another set: n_per_class=7 there and 8 here"): made(n_per_class=8)

@@ -76,6 +76,7 @@ def test_what_is_right_passes():
     ((X, torch.tensor(1.)), ["sigma", "()"]),
     ((X, ONES*0), ["sigma (4,)", "positive"]),
     ((X, torch.tensor([1., 1., math.nan, 1.])), ["sigma (4,)", "positive"]),
+    ((X, torch.tensor([1., math.inf, 1., 1.])), ["sigma (4,)", "finite"]),
     ((X, ONES, Y[:3]), ["y", "(3,)"]),
     ((X, ONES, Y[:, None]), ["y", "(4, 1)"]),
     ((X, ONES, Y.float()), ["y (4,)", "float32"]),
