@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256 as sha256_of
 from pathlib import Path
 
 import torch
@@ -91,6 +92,20 @@ class Samples:
     meta: dict  # dataset, preset, method, alpha, sampler, nfe, seed, checkpoints, histogram, …; given: files that were named instead of 05's trainings
 
 
+def _read_set(path:Path)->dict: # what the set is, and the files that were named (`given`)
+    "Read set.json. Raises `ValueError`, one line, if it is damaged."
+    try: meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: meta, why = None, str(e)
+    else: why = "it does not tell n_classes, n_per_class and shard"
+    if not isinstance(meta, dict) or not all(isinstance(meta.get(k), int) and meta[k] > 0 for k in ("n_classes", "n_per_class", "shard")):
+        raise ValueError(f"{path} is damaged ({why}): remove that folder and draw the set again")
+    return meta
+
+
+def _digest(meta:dict)->str: # 16 hexadecimal digits
+    return sha256_of(json.dumps({k: v for k, v in meta.items() if k != "given"}, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _ranges(meta:dict)->list[tuple[int, int]]: # of each shard: number of the first image, and after the last
     n, size = meta["n_classes"] * meta["n_per_class"], meta["shard"]
     return [(i, min(i + size, n)) for i in range(0, n, size)]
@@ -101,11 +116,14 @@ def _shard(folder:Path, number:int)->Path: return folder / f"shard-{number:05d}.
 
 def _note(
     path:Path, # of a shard
-)->dict|None: # what is noted about it; None where it is missing or damaged
-    "Look whether a shard is there and whole."
+    first:int, # number of its first image
+    meta:dict, # what the set is
+)->dict|None: # what is noted about it; None where it is missing, damaged, or another shard
+    "Look whether a shard is there, whole, and the one that it should be; shards from before sets had a digest have none."
     try: note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
-    return note if path.exists() and sha256(path) == note["sha256"] else None
+    if not isinstance(note, dict) or not {"sha256", "seconds"} <= note.keys(): return None
+    return note if note.get("first") == first and note.get("set") in (None, _digest(meta)) and path.exists() and sha256(path) == note["sha256"] else None
 
 
 def load_samples(
@@ -115,18 +133,20 @@ def load_samples(
     folder = Path(folder)
     shown = folder.relative_to(find_root()).as_posix() if folder.is_relative_to(find_root()) else folder
     if not (folder / "set.json").exists():
-        dataset, preset = folder.parts[-4:-2]
-        raise FileNotFoundError(f"{shown} is missing: run `papermill nbs/06_sampling.ipynb out.ipynb -k python3 -p dataset {dataset} -p preset {preset}` first")
-    meta = json.loads((folder / "set.json").read_text(encoding="utf-8"))
+        dataset, preset = folder.parts[-4:-2] if len(folder.parts) > 3 else ("", "")
+        given = f" -p dataset {dataset} -p preset {preset}" if preset in SAMPLING.get(dataset, ()) else ""
+        raise FileNotFoundError(f"{shown} is missing: run `papermill nbs/06_sampling.ipynb out.ipynb -k python3{given}` first")
+    meta = _read_set(folder / "set.json")
     ranges = _ranges(meta)
-    notes = [_note(_shard(folder, i)) for i in range(len(ranges))]
+    notes = [_note(_shard(folder, i), first, meta) for i, (first, _) in enumerate(ranges)]
     if missing := [i for i, note in enumerate(notes) if note is None]:
         raise ValueError(f"{shown} has {len(missing)} of {len(ranges)} shards missing or damaged (the first is {_shard(folder, missing[0]).name}): "
                          "run what draws it again, finished shards stay")
     shards = [load_file(_shard(folder, i)) for i in range(len(ranges))]
-    x, y = (torch.cat([shard[k] for shard in shards]) for k in ("x", "y"))
+    x, y, index = (torch.cat([shard[k] for shard in shards]) for k in ("x", "y", "index"))
     histogram = torch.bincount(y, minlength=meta["n_classes"]).tolist()
     if len(x) != ranges[-1][1] or set(histogram) != {meta["n_per_class"]}: raise ValueError(f"{shown} is not balanced: {histogram}; remove that folder")
+    if not torch.equal(index, torch.arange(len(x))): raise ValueError(f"{shown} has images of other numbers than 0 … {len(x) - 1:,}; remove that folder")
     return Samples(x, y, meta | {"histogram": histogram, "seconds": sum(note["seconds"] for note in notes)})
 
 # %% ../nbs/14b_samples.ipynb #fdc9a78b
@@ -155,7 +175,7 @@ def _describe(
     "Write down what a set is. Raises `ValueError` if the folder holds another set."
     path, named = folder / "set.json", {"given": given} if given else {}
     if not path.exists(): atomic_write(path, json.dumps(meta | named, indent=1) + "\n")
-    there = json.loads(path.read_text(encoding="utf-8"))
+    there = _read_set(path)
     if differs := [f"{k}={there.get(k)!r} there and {v!r} here" for k, v in json.loads(json.dumps(meta)).items() if there.get(k) != v]:
         raise ValueError(f"{folder.name} in {folder.parent} is another set: {', '.join(differs)}; remove that folder or use another seed")
     if named.keys() - there.keys(): atomic_write(path, json.dumps(there | named, indent=1) + "\n")  # a set from before files were noted
@@ -172,7 +192,7 @@ def _write(
     "Write a shard whole or not at all."
     tensors = {"x": (x.clamp(0, 1) * 255).round().to(torch.uint8), "y": y, "index": index}
     with atomic_path(path) as part: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
-    note = {"first": int(index[0]), "histogram": torch.bincount(y.cpu(), minlength=meta["n_classes"]).tolist(), "sha256": sha256(path),
+    note = {"first": int(index[0]), "set": _digest(meta), "histogram": torch.bincount(y.cpu(), minlength=meta["n_classes"]).tolist(), "sha256": sha256(path),
             "seconds": round(seconds, 2), "device": str(x.device), "torch": torch.__version__}
     atomic_write(path.with_suffix(".json"), json.dumps(note) + "\n")
 
@@ -212,7 +232,7 @@ def make_samples(
     rank, processes = team(device)
     for number, (first, end) in list(enumerate(_ranges(meta)))[rank::processes]:
         path, began = _shard(folder, number), time.monotonic()
-        if _note(path) is None:
+        if _note(path, first, meta) is None:
             index = torch.arange(first, end, device=device)
             y = index % image.n_classes
             parts = zip(index.split(batch or len(index)), y.split(batch or len(index)))

@@ -11,12 +11,13 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dlsm.checkpoints import fingerprint
 from dlsm.image_presets import IMAGES
 from dlsm.images import classifier_net, score_net
 from dlsm.networks import seeded
-from dlsm.runs import ParameterError
+from dlsm.runs import ParameterError, sha256
 from dlsm.samples import draw, evaluations, load_networks, load_samples, main, make_samples, sample_dir
 from dlsm.sampling_presets import SAMPLING
 
@@ -71,6 +72,57 @@ def test_lost_and_damaged_shards_are_drawn_again():
     after = made()
     assert torch.equal(after.x, before.x)
     assert [a == b for a, b in zip(times, [path.stat().st_mtime_ns for path in shards])] == [True, False, True, False, True]
+
+
+def copied(source, target):
+    "Put a shard and its note in the place of another."
+    for suffix in (".safetensors", ".json"): target.with_suffix(suffix).write_bytes(source.with_suffix(suffix).read_bytes())
+
+
+def test_a_shard_in_the_place_of_another_is_drawn_again():
+    "Of other numbers, or of another set; its own checksum is right."
+    before, other, folder = made(), made(seed=1), sample_dir("digits", "smoke", "base", sampler="heun-4")
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    copied(shards[0], shards[1])
+    copied(sample_dir("digits", "smoke", "base", 1, "heun-4")/shards[2].name, shards[2])
+    assert not torch.equal(before.x, other.x)
+    with pytest.raises(ValueError, match="has 2 of 5 shards missing or damaged .the first is shard-00001.safetensors"): load_samples(folder)
+    assert torch.equal(made().x, before.x)
+
+
+def test_images_of_other_numbers_are_refused():
+    "Where the note says what it should, and the labels are balanced."
+    made()
+    folder = sample_dir("digits", "smoke", "base", sampler="heun-4")
+    path = folder/"shard-00000.safetensors"
+    save_file(load_file(path) | {"index": torch.arange(10, 26)}, path)
+    note = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(note | {"sha256": sha256(path)}))
+    with pytest.raises(ValueError, match="has images of other numbers than 0 … 69; remove that folder"): load_samples(folder)
+
+
+def test_sets_from_before_shards_had_a_digest_are_loaded():
+    before, folder = made(), sample_dir("digits", "smoke", "base", sampler="heun-4")
+    for path in folder.glob("shard-*.json"):
+        note = json.loads(path.read_text())
+        assert len(note.pop("set")) == 16
+        path.write_text(json.dumps(note))
+    times = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    assert torch.equal(load_samples(folder).x, before.x)
+    assert torch.equal(made(given={"score": {"file": "a"}}).x, before.x)  # files that are named later change set.json, not the set
+    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())][1:] == times[1:] and load_samples(folder).meta["given"]
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "[1]", "{", '{"sha256": "x"}'])
+def test_broken_notes_are_damage_and_a_broken_set_is_told(content):
+    before, folder = made(), sample_dir("digits", "smoke", "base", sampler="heun-4")
+    (folder/"shard-00002.json").write_text(content)
+    with pytest.raises(ValueError, match="has 1 of 5 shards missing or damaged .the first is shard-00002.safetensors"): load_samples(folder)
+    assert torch.equal(made().x, before.x)
+    (folder/"set.json").write_text(content)
+    for call in (made, lambda: load_samples(folder)):
+        with pytest.raises(ValueError, match="set.json is damaged .*: remove that folder and draw the set again") as e: call()
+        assert "\n" not in str(e.value)
 
 
 def work(environment):
@@ -162,6 +214,8 @@ def test_checkpoints_of_another_data_set_are_refused():
 def test_missing_stages_say_which_notebook_to_run(runs):
     with pytest.raises(FileNotFoundError, match="runs/digits/demo/samples/dlsm-2m-18-0 is missing: run `papermill nbs/06_sampling.ipynb .* -p preset demo` first"):
         load_samples(sample_dir("digits", "demo", "dlsm"))
+    for folder in ("nowhere", "a/b/c/d"):
+        with pytest.raises(FileNotFoundError, match=f"{folder} is missing: run `papermill nbs/06_sampling.ipynb out.ipynb -k python3` first"): load_samples(folder)
     with pytest.raises(FileNotFoundError, match="score-0 of digits, preset smoke, has not been trained: run `papermill nbs/05_cifar.ipynb"): load_networks(SMOKE)
     with pytest.raises(SystemExit, match="FileNotFoundError: score-0 of digits"): main([])
 
