@@ -312,6 +312,24 @@ def test_the_average_is_not_trained_and_lags(tmp_path):
     assert train(None)[0].ema is not None
 
 
+def test_the_average_is_the_recursion_and_buffers_are_copied():
+    "The weight is −n after step n: a ← d a + (1 − d) w with d = min(ema, (1 + n)/(10 + n)), which is the smaller one until n = 2."
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+            self.register_buffer("calls", torch.zeros(()))
+        def forward(self):
+            self.calls += 1
+            return self.weight
+    net, expected = Counting(), 0.
+    for n, state in enumerate(fit(net, lambda net, generator: net(), 6, torch.optim.SGD(net.parameters(), 1.), 0, ema=0.3), 1):
+        decay = (1 + n) / (10 + n) if n <= 2 else 0.3
+        expected = decay * expected - (1 - decay) * n
+        assert state.model.weight.item() == -n and state.ema.weight.item() == pytest.approx(expected, rel=1e-12)
+        assert state.ema.calls.item() == state.model.calls.item() == n
+
+
 def test_step_generators_differ_by_seed_and_step():
     first = {torch.rand(1, generator=step_generator(seed, step)).item() for seed in range(30) for step in range(30)}
     assert len(first) > 890  # float32: a few of 900 may meet

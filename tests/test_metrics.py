@@ -12,7 +12,7 @@ from dlsm.classwise import check_balanced, classwise, released, stream
 from dlsm.features import Features
 from dlsm.frechet import fid, moments
 from dlsm.intervals import accuracy_interval, halves, interval
-from dlsm.metrics import CLAIMS, FAIR, ROWS, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
+from dlsm.metrics import CLAIMS, FAIR, ROWS, Measured, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
 from dlsm.neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii
 
 
@@ -256,6 +256,16 @@ def test_measure_and_differences():
     assert all(0 <= row["share"]["low"] <= row["share"]["value"] <= row["share"]["high"] <= 1 for row in table.values())
     few = measure_halves(real.take(torch.arange(40)), good.take(torch.arange(30)), 3, 1, 2, 0, by_class=False)
     assert estimate(few, "cw_recall") is None and math.isfinite(estimate(few, "FID")["value"])
+
+
+def test_equal_classes_count_half_and_keep_their_order():
+    def of(values): return {"classes": [3, 5, 7, 9], **dict.fromkeys(("precision", "recall", "density", "coverage"), values)}
+    def measured(whole, *halves): return Measured({}, of(whole), [], [of(values) for values in halves])
+    found, base = measured([0.5, 0.75, 0.25, 0.5], *4 * [[1., 1., 0., 0.], [1., 0., 0., 0.]]), measured([0.5, 0.25, 0.75, 0.5], *4 * [[1., 0., 1., 0.], [0., 0., 0., 0.]])
+    for row in class_differences(found, base).values():
+        assert row["classes"] == [7, 3, 9, 5] and row["value"] == [-0.5, 0., 0., 0.5]
+        low, high = interval(0.5, 4 * [0.5, 0.625])  # (½ + 1 + 0 + ½)/4 and (1 + ½ + ½ + ½)/4
+        assert 0 < low and high < 1 and row["share"] == {"value": 0.5, "low": pytest.approx(low), "high": pytest.approx(high)}
 
 
 def test_names_and_claims():

@@ -149,6 +149,52 @@ def test_each_cause_has_its_own_prior_power_and_lambda(tmp_path, monkeypatch):
     torch.testing.assert_close(given["loss"](given["model"], torch.Generator().manual_seed(1)), expected, rtol=1e-5, atol=0.)
 
 
+def test_causes_are_named_by_what_they_change():
+    "Beside L_Total with the learned prior score, power 2 and λ = 1/8; alone is without cross-entropy."
+    from dlsm.moons import CAUSES
+    assert len(CAUSES) == 9
+    for name, cause in CAUSES.items():
+        words = name.split("_")
+        prior = next((word for word in words if word in ("exact", "even")), "learned")
+        assert cause == (prior, 1. if "power" in words else 2., 0. if "alone" in words else 2. if "lam" in words else 1 / 8), name
+
+
+def test_the_grid_of_the_sweep_has_power_fastest(tmp_path, monkeypatch):
+    "All begin with the same weights, so the first gradient tells the λ and the power of each member."
+    import dlsm.moons
+    from dlsm.data import moons
+    from dlsm.losses import total_loss
+    from dlsm.presets import MOONS
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    cfg, given = dataclasses.replace(MOONS["smoke"], lams=(0.5, 2., 8.), powers=(0., 1.)), []
+    monkeypatch.setattr(dlsm.moons, "fit", lambda *args, **more: given.append(args) or iter(()))
+    def prior(x, sigma): return -x / 100
+    list(dlsm.moons.fit_sweep(cfg, "paper", 3, prior, "cpu"))
+    model, loss = given[0][:2]
+    loss(model, torch.Generator().manual_seed(1)).backward()
+    x, y = moons(cfg.n_points)
+    index, sigma, noise = (t[0] for t in dlsm.moons._draw(cfg, torch.zeros(1, dtype=torch.long), torch.tensor([len(x)]), torch.Generator().manual_seed(1)))
+    grid = [(0.5, 0.), (0.5, 1.), (2., 0.), (2., 1.), (8., 0.), (8., 1.)]
+    assert len(model) == len(grid)
+    for i, (lam, power) in enumerate(grid):
+        net = seeded(MLPClassifier, 3)
+        total_loss(net, prior, x[index], y[index], sigma, noise, lam, power).mean().backward()
+        for stack, own in zip(model.parameters(), net.parameters()): torch.testing.assert_close(stack.grad[i], own.grad, rtol=1e-3, atol=1e-5 * own.grad.abs().max().item())
+
+
+def test_methods_are_made_of_the_networks_they_name():
+    from dlsm.moons_measures import methods
+    scores = Ensemble([seeded(MLPScore, s) for s in range(6)])
+    classifiers = nn.ModuleDict({name: Ensemble([seeded(MLPClassifier, s + 10 * k) for s in range(2)]) for k, name in enumerate(("ce", "dlsm_prime", "total"), 1)})
+    x, sigma, i = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0.5, 3., 5), 1
+    found, prior = methods(scores, classifiers, i), scores.member(3)(x, sigma)
+    assert set(found) == {"base", "scaling", "posterior_sm", "dlsm"}
+    for c in (0, 1):
+        ce, total = (likelihood_score(classifiers[name].member(i), x, sigma, torch.full((5,), c)) for name in ("ce", "total"))
+        for name, expected in {"base": prior + ce, "scaling": prior + 10 * ce, "posterior_sm": scores.member(4 + c)(x, sigma), "dlsm": prior + total}.items():
+            torch.testing.assert_close(found[name](c)(x, sigma), expected)
+
+
 def test_a_classifier_knows_whose_score_models_it_was_trained_with(tmp_path, monkeypatch):
     "What was trained beside others is refused by name, finished or not."
     import dlsm.moons
