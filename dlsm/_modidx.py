@@ -477,6 +477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.training._check_weights': ('training.html#_check_weights', 'dlsm/training.py'),
                                'dlsm.training._last_good': ('training.html#_last_good', 'dlsm/training.py'),
                                'dlsm.training._measure': ('training.html#_measure', 'dlsm/training.py'),
+                               'dlsm.training._peak': ('training.html#_peak', 'dlsm/training.py'),
                                'dlsm.training._resume': ('training.html#_resume', 'dlsm/training.py'),
                                'dlsm.training._save': ('training.html#_save', 'dlsm/training.py'),
                                'dlsm.training._settings': ('training.html#_settings', 'dlsm/training.py'),

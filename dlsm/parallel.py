@@ -59,8 +59,9 @@ def check_same(
 
 def any_process(yes:bool, processes:int, device:torch.device)->bool:
     "Tell whether any process says yes."
+    if processes == 1: return yes
     count = torch.tensor([float(yes)], device=device)
-    if processes > 1: add_up([count])
+    add_up([count])
     return count.item() > 0
 
 # %% ../nbs/13d_parallel.ipynb #13d00002

@@ -72,6 +72,10 @@ def _resume(
     if not saved: return False
     if differs := differences(saved["state"].get("settings", settings), settings):
         raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
+    there, here = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved["weights"]["model"], state.model.state_dict()))
+    if names := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
+        some, more = (differences(*({name: shapes.get(name) for name in names[:3]} for shapes in (there, here))), f" and {len(names) - 3} more" * (len(names) > 3))
+        raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {some}{more}; remove that folder or use another")
     state.model.load_state_dict(saved["weights"]["model"])
     if state.ema is not state.model: state.ema.load_state_dict(saved["weights"]["ema"])
     optimizer.load_state_dict(saved["state"]["optimizer"])
@@ -79,13 +83,18 @@ def _resume(
     return True
 
 
+def _peak(group:dict)->float: # learning rate
+    "Give the peak rate of a group of an optimiser: of an earlier `fit`, unless the rate was changed since."
+    return group.get("peak_lr", group["lr"]) if group["lr"] == group.get("scheduled_lr", group["lr"]) else group["lr"]
+
+
 def _settings(
     optimizer:torch.optim.Optimizer, # as given
     **more, # plain values
 )->dict: # plain values
     "Keep what a training depends on, and not what only makes it faster; for the optimiser a list, one value for each group."
-    faster = {"params", "peak_lr", "fused", "foreach", "capturable", "differentiable"}
-    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in (group | {"lr": group.get("peak_lr", group["lr"])}).items() if k not in faster}
+    faster = {"params", "peak_lr", "scheduled_lr", "fused", "foreach", "capturable", "differentiable"}
+    groups = [{k: v.item() if isinstance(v, Tensor) else v for k, v in (group | {"lr": _peak(group)}).items() if k not in faster}
               for group in optimizer.param_groups]
     return json.loads(json.dumps({"optimizer": type(optimizer).__name__} | {k: [group[k] for group in groups] for k in groups[0]} | more))
 
@@ -127,41 +136,43 @@ def fit(
     tf32:bool=True, # convolutions may use it on a GPU, as PyTorch lets them; False: full float32 (`dlsm.float32`), for losses with gradients in them
     compiled:bool=False, # compile the loss
     log_every:int|None=None, # steps between two lines of the log; None: no log (and none without `draw`)
-    minutes:float|None=None, # stop, with a checkpoint, at the first line of the log after that; None: never
+    minutes:float|None=None, # stop, with a checkpoint, at the first line of the log after that (without a log, at the first step); None: never
 )->Iterator[State]: # the state after each finished step
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
 
-    Nothing is trained before it is iterated over: `for state in fit(…): pass`. Afterwards the network is in eval mode.
+    Nothing is trained before it is iterated over: `for state in fit(…): pass`. Afterwards, and after a stop by `minutes`, the network is in eval mode.
 
     Stops with `FloatingPointError` when the loss is not finite, naming the step, its noise levels and the last good checkpoint; `ValueError` for a
-    checkpoint of another configuration, seed, schedule or optimiser, and for arguments that do not fit; `OSError` if the folder cannot be written;
+    checkpoint of another configuration, seed, schedule, optimiser or network, or past `steps`, and for arguments that do not fit; `OSError` if the folder cannot be written;
     `MemoryError` if the device is too small. micro, `compiled` and several processes (with `draw`) change the speed, not what is trained, as long
     as each item goes its own way: batch normalisation sees one piece at a time, and dropout drops other features. bf16 rounds every layer to three digits.
     """
-    held, began = _check_arguments(model, optimizer, config, draw, ema, clip, micro, bf16), time.monotonic()
+    held, began = _check_arguments(model, optimizer, config, draw, ema, clip, micro, bf16, minutes), time.monotonic()
     device = next(model.parameters()).device
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
     settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
     resumed = bool(folder) and _resume(state, optimizer, Path(folder), config or {}, settings)
     check_same(state.step, f"checkpoints in {folder}, of the steps", rank, processes, device)
+    if state.step > steps:
+        raise ValueError(f"{folder} holds this training at step {state.step:,}, past the {steps:,} asked for: ask for at least {state.step:,} steps, or use another folder")
     if folder and state.step < steps and rank == 0: _check_folder(Path(folder))
-    if resumed and state.step >= steps and not config:
+    if resumed and state.step == steps and not config:
         warnings.warn(f"{folder} holds this training, finished at step {state.step}: nothing is trained. `config` tells trainings apart", stacklevel=2)
     modes = [(module, module.training or not model.training) for module in model.modules()]  # layers in eval mode stay so
     if evaluate and not resumed: _measure(evaluate, state)
-    peaks = [group.setdefault("peak_lr", group["lr"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups: group["peak_lr"] = _peak(group)
     log = RunLog(folder, state.step) if folder and draw and log_every and rank == 0 and state.step < steps else None
     if compiled: loss = torch.compile(loss)
     tensors = [(list(net.parameters()), list(net.buffers())) for net in (state.ema, state.model)]  # looked up once: deep networks have hundreds
     recent, since, untimed, warm = [], time.monotonic(), 0, False
-    if state.step >= steps:
+    if state.step == steps:
         model.eval()
         yield state
     while state.step < steps:
         if not model.training:
             for module, mode in modes: module.training = mode
-        for group, peak in zip(optimizer.param_groups, peaks): group["lr"] = peak * lr_factor(state.step, steps, warmup, decay)
+        for group in optimizer.param_groups: group["lr"] = group["scheduled_lr"] = group["peak_lr"] * lr_factor(state.step, steps, warmup, decay)
         optimizer.zero_grad(set_to_none=True)
         model.zero_grad(set_to_none=True)  # of what the optimiser does not hold
         with nullcontext() if tf32 else full_float32():
@@ -175,13 +186,14 @@ def fit(
         warm = True
         if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
-        if measured or kept or logged: means = _check_finite(state, recent, folder, draw, seed)
-        if kept: _check_weights(state, folder)
+        stop = bool(minutes) and (logged or not log_every) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
+        last = stop or state.step == steps
+        if measured or kept or logged or last or len(recent) == 1000: means = _check_finite(state, recent, folder, draw, seed)
+        if kept or last: _check_weights(state, folder)
         if measured and evaluate: _measure(evaluate, state)
-        if state.step == steps: model.eval()
+        if last: model.eval()
         if log and logged: log.write(state.step, **means, lr=optimizer.param_groups[0]["lr"],
                                      images_per_s=images * (len(recent) - untimed) / max(time.monotonic() - since, 1e-9), memory_gb=peak_memory(device) / 1e9)
-        stop = bool(logged and minutes) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
         try: yield state
         finally:  # also if the loop is left here
             if (kept or stop) and folder and rank == 0: _save(Path(folder), state, optimizer, config or {}, settings)
@@ -198,6 +210,7 @@ def _check_arguments(
     clip:float|None,
     micro:int|None,
     bf16:bool,
+    minutes:float|None,
 )->list[Tensor]: # what the optimiser changes
     "Refuse what would train nothing, or something else than what was asked for."
     held, own = [p for group in optimizer.param_groups for p in group["params"]], {id(p) for p in model.parameters() if p.requires_grad}
@@ -207,6 +220,7 @@ def _check_arguments(
     if ema is not None and not 0 < ema < 1: raise ValueError(f"ema={ema}; expected a decay between 0 and 1, or None")
     if clip is not None and not clip > 0: raise ValueError(f"clip={clip}; expected a norm above 0, or None")
     if micro is not None and micro < 1: raise ValueError(f"micro={micro}; expected at least 1 image, or None")
+    if minutes is not None and not minutes > 0: raise ValueError(f"minutes={minutes}; expected a time above 0, or None")
     try: json.dumps(config)
     except TypeError as e: raise ValueError(f"config cannot be kept with a checkpoint ({e}); expected numbers, text, lists and dictionaries") from e
     return held
@@ -264,6 +278,7 @@ def _check_finite(state:State, recent:list[Tensor], folder:Path|None, draw:Calla
     values = torch.stack(recent)
     means = dict(zip(("loss", "grad_norm"), values.mean(0).tolist()))
     if all(map(math.isfinite, means.values())): return means
+    if values.isfinite().all(): return dict(zip(means, (values / len(values)).sum(0).tolist()))  # their sum is too large for a number
     first = int((~values.isfinite()).any(1).nonzero()[0])
     step = state.step - len(recent) + first
     batch = draw(step, step_generator(seed, step, values.device)) if draw else {}

@@ -441,7 +441,8 @@ def drawn(step, generator): return {"x": torch.ones(8, 2)}
 
 @pytest.mark.parametrize("more, says", [
     ({"ema": 1.5}, "ema=1.5; expected a decay"), ({"clip": -1.}, "clip=-1.0; expected a norm"), ({"micro": 4}, "micro and bf16 need `draw`"),
-    ({"draw": drawn, "micro": 0}, "micro=0"), ({"config": {"where": Path("x")}}, "config cannot be kept"),
+    ({"draw": drawn, "micro": 0}, "micro=0"),
+    ({"minutes": 0}, "minutes=0; expected a time above 0"), ({"minutes": float("nan")}, "minutes=nan"), ({"config": {"where": Path("x")}}, "config cannot be kept"),
     ({"evaluate": lambda state: None}, "evaluate gave a NoneType"), ({"evaluate": lambda state: {"it": state}}, "evaluate gave something that a record cannot hold"),
     ({"draw": lambda step, generator: (1, 2)}, "draw gave a tuple; expected a dictionary"),
     ({"draw": lambda step, generator: {"x": torch.ones(8, 2), "n": 3}}, "draw gave a dict"),
@@ -512,3 +513,71 @@ def test_a_finished_training_without_a_name_says_so(tmp_path):
         warnings.simplefilter("error")
         small(folder=tmp_path/"named", config={"run": 1})[1]()
         small(folder=tmp_path/"named", config={"run": 1})[1]()
+
+
+@pytest.mark.parametrize("more, stopped", [({}, 1), ({"log_every": 2}, 2)], ids=["without a log", "at a line of the log"])
+def test_a_stop_by_minutes_keeps_a_checkpoint_and_leaves_eval_mode(tmp_path, more, stopped):
+    net, go = small(folder=tmp_path, minutes=1e-9, **more)
+    assert go()[-1].step == stopped and not any(m.training for m in net.modules()) and steps_in(tmp_path) == [f"step-{stopped:08d}"]
+    assert small(folder=tmp_path)[1]()[-1].step == 4
+
+
+@pytest.mark.parametrize("steps, bad, change, says", [
+    (20, 8, lambda loss: loss * float("nan"), "loss is nan at step 8"), (2000, 8, lambda loss: loss * float("nan"), "loss is nan at step 8"),
+    (20, 20, lambda loss: loss + (loss - loss).sqrt(), "the weights are not finite at step 20")], ids=["at the end", "after 1000 steps", "the last gradient"])
+def test_what_is_not_finite_is_found_without_evaluations_and_checkpoints(steps, bad, change, says):
+    net, done = nn.Linear(2, 1), []
+    def loss(model, generator): return change(model.weight.square().sum()) if len(done) + 1 == bad else model.weight.square().sum()
+    with pytest.raises(FloatingPointError, match=says):
+        for state in fit(net, loss, steps, torch.optim.SGD(net.parameters(), 1e-3), 0, every=0, checkpoint_every=0): done.append(state.step)
+    assert len(done) == min(steps, 1000) - 1
+
+
+def test_losses_whose_sum_is_too_large_go_on(tmp_path):
+    "Each is a number, and so is their mean."
+    net = nn.Linear(2, 1)
+    def loss(model, x): return model(x)[:, 0] * 1e-9 + 3e38
+    states = list(fit(net, loss, 4, torch.optim.SGD(net.parameters(), 1e-3), 0, tmp_path, draw=drawn_one, log_every=4))
+    line = json.loads((tmp_path/"log.jsonl").read_text().splitlines()[-1])
+    assert states[-1].step == 4 and line["loss"] == pytest.approx(3e38, rel=1e-6)
+
+
+def drawn_one(step, generator): return {"x": torch.ones(1, 2)}
+
+
+def test_a_rate_that_was_changed_since_is_the_peak():
+    "The schedule's own changes are none."
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    def rates(decay): return [optimizer.param_groups[0]["lr"] for _ in fit(net, lambda m, generator: m.weight.square().sum(), 4, optimizer, 0, decay=decay)]
+    first = rates("cosine")
+    assert first[0] == 1e-2 and first[-1] < 2e-3 and rates("cosine") == first
+    optimizer.param_groups[0]["lr"] = 5e-3
+    assert rates("constant") == 4 * [5e-3] and rates("cosine")[0] == 5e-3
+
+
+def test_a_rate_that_was_changed_since_is_another_training(tmp_path):
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    def go(): return [s.step for s in fit(net, lambda m, generator: m.weight.square().sum(), 4, optimizer, 0, tmp_path, {"run": 1}, decay="cosine")]
+    assert go() == [1, 2, 3, 4] and go() == [4]
+    optimizer.param_groups[0]["lr"] = 5e-3
+    with pytest.raises(ValueError, match=r"lr=\[0.01\] there and \[0.005\] here"): go()
+
+
+def test_a_checkpoint_past_the_steps_is_refused(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="at step 40, past the 30 asked for: ask for at least 40 steps"): train(folder, steps=30)
+    assert steps_in(folder) == ["step-00000030", "step-00000040"]
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(tmp_path):
+    def go(*layers):
+        net = nn.Sequential(*layers)
+        return list(fit(net, lambda m, generator: m(torch.ones(8, 2)).square().mean(), 4, torch.optim.SGD(net.parameters(), 1e-2), 0, tmp_path, {"run": 1}))
+    go(nn.Linear(2, 4), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match=r"of another training: 0.bias=\(4,\) there and \(3,\) here, 0.weight=\(4, 2\) there and \(3, 2\) here, 1.weight=.*; remove") as e:
+        go(nn.Linear(2, 3), nn.Linear(3, 1))
+    assert "more" not in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(ValueError, match=r"1.bias=\(1,\) there and None here, 1.weight=\(1, 4\) there and None here, 2.bias=None there and \(1,\) here and 1 more"):
+        go(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
