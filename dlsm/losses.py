@@ -8,6 +8,7 @@ __all__ = ['ce_loss', 'elsm_loss', 'dlsm_loss', 'total_loss']
 # %% ../nbs/03_dlsm.ipynb #da92c8af
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,20 +17,24 @@ from .guidance import Classifier, check_logits, likelihood_score, likelihood_sco
 from .schedule import check_batch, expand, in_dtype_of
 
 # %% ../nbs/03_dlsm.ipynb #e9307ab3
+def _cross_entropy(logits:Tensor, y:Tensor)->Tensor: # per item [B], in at least float32
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y.long(), reduction="none")
+
+
 def ce_loss(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]
     sigma:Tensor, # noise levels [B]
     y:Tensor, # labels [B], integers
 )->Tensor: # −log p(y|x̃) per item [B], in nats
-    """Compute the cross-entropy −log p(y|x̃; θ) (the paper's L_CE).
+    """Compute the cross-entropy −log p(y|x̃; θ) (the paper's L_CE), in at least float32.
 
     Raises `ValueError` for mismatched shapes, levels that are not positive and labels out of range.
     """
     check_batch(x_noisy, sigma, y)
     logits = classifier(x_noisy, sigma)
     check_logits(logits, x_noisy, sigma, y)
-    return F.cross_entropy(logits, y.long(), reduction="none")
+    return _cross_entropy(logits, y)
 
 # %% ../nbs/03_dlsm.ipynb #6f3b68e1
 def elsm_loss(
@@ -89,4 +94,5 @@ def total_loss(
     prior = prior_score(score, x_noisy, sigma)
     likelihood, logits = likelihood_score_and_logits(classifier, x_noisy, sigma, y)
     dlsm = weighted_error(likelihood + prior + noise / expand(in_dtype_of(sigma, x), x), sigma, power, reduce)
-    return dlsm + (in_dtype_of(lam, x) if isinstance(lam, Tensor) else lam) * F.cross_entropy(logits, y.long(), reduction="none")
+    weight = in_dtype_of(lam, x) if isinstance(lam, Tensor) else lam
+    return dlsm + weight * _cross_entropy(logits, y) if isinstance(lam, Tensor) or lam else dlsm  # a cross-entropy that does not count may be infinite

@@ -7,6 +7,7 @@ __all__ = ['MLP', 'MLPScore', 'MLPClassifier', 'Ensemble', 'map_members', 'seede
            'PrecondClassifier']
 
 # %% ../nbs/12_networks.ipynb #c55fc636
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -75,7 +76,7 @@ class MLPClassifier(MLP):
 
 # %% ../nbs/12_networks.ipynb #40dec846
 class Ensemble(nn.Module):
-    "Networks of one shape with their weights stacked, trained and evaluated together."
+    "Networks of one shape with their weights stacked, trained and evaluated together, all in train mode or all in eval mode. What is frozen stays so."
 
     def __init__(self,
         members:Sequence[nn.Module], # networks of the same architecture
@@ -83,9 +84,11 @@ class Ensemble(nn.Module):
         super().__init__()
         states, buffers = stack_module_state(list(members))
         if buffers: raise ValueError(f"members hold buffers ({', '.join(buffers)}); an ensemble stacks parameters only")
-        self._names = list(states)
-        self.stacked = nn.ParameterList(states[n].detach().clone() for n in self._names)
-        self.__dict__["_member"] = members[0]  # the architecture; not registered, its own weights are not used
+        self.stacked = nn.ParameterList(nn.Parameter(t.detach().clone(), t.requires_grad) for t in states.values())
+        own = {id(p): k for k, p in enumerate(members[0].parameters())}
+        self._where = {name: own[id(p)] for name, p in members[0].named_parameters(remove_duplicate=False)}  # tied weights have two names
+        self._member = copy.deepcopy(members[0], dict.fromkeys(own))  # the architecture: every parameter is None
+        self.training = members[0].training
 
     def __len__(self): return len(self.stacked[0])
 
@@ -107,7 +110,8 @@ class Ensemble(nn.Module):
         i:int, # which one
     )->Callable[[Tensor, Tensor], Tensor]: # a `Score` or `Classifier`
         "Give member `i` as a function of (x_noisy, sigma), without copying its weights."
-        state = {name: stack[i] for name, stack in zip(self._names, self.stacked)}
+        weights = [stack[i] for stack in self.stacked]
+        state = {name: weights[k] for name, k in self._where.items()}
         return lambda x, sigma: functional_call(self._member, state, (x, sigma))
 
 
@@ -118,9 +122,9 @@ def map_members(
 )->Tensor: # the results, stacked [n, …]
     "Run `fn` on every member of several ensembles as one batched computation (they may differ in loss and learning rate)."
     first = ensembles[0]
-    weights = first.stacked if len(ensembles) == 1 else [torch.cat(stacks) for stacks in zip(*(e.stacked for e in ensembles))]
+    weights = list(first.stacked) if len(ensembles) == 1 else [torch.cat(stacks) for stacks in zip(*(e.stacked for e in ensembles))]
     def one(state, *own): return fn(lambda *inputs: functional_call(first._member, state, inputs), *own)
-    return torch.vmap(one)(dict(zip(first._names, weights)), *args)
+    return torch.vmap(one, randomness="different")({name: weights[k] for name, k in first._where.items()}, *args)
 
 
 def seeded(

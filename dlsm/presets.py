@@ -97,10 +97,10 @@ def _fits(value:Any, rule:Any) -> bool:
     "Tell whether `value` is allowed by `rule`; a bool is not a number."
     if rule is float: return type(value) in (int, float) and math.isfinite(value)
     if rule is int: return type(value) is int
-    if isinstance(rule, (type, UnionType)): return isinstance(value, rule)
+    if isinstance(rule, type): return isinstance(value, rule)
     if isinstance(rule, range): return type(value) is int and value in rule
     if _is_interval(rule): return type(value) in (int, float) and rule[0] <= value <= rule[1]
-    if isinstance(rule, (tuple, list, dict)): return any(_fits(value, choice) for choice in rule)
+    if isinstance(rule, (tuple, list, dict, UnionType)): return any(_fits(value, choice) for choice in (rule.__args__ if isinstance(rule, UnionType) else rule))
     return type(value) is type(rule) and value == rule
 
 # %% ../nbs/17a_presets.ipynb #f74e8a50
@@ -154,12 +154,12 @@ def check_parameters(
 
 # %% ../nbs/17a_presets.ipynb #b9749e3a
 def pick_device(
-    device:str|None=None, # cpu, cuda, cuda:1; None: CUDA if there is one, else the CPU
+    device:torch.device|str|None=None, # cpu, cuda, cuda:1; None: CUDA if there is one, else the CPU
 ) -> torch.device: # a device that exists
     "Return the device to compute on. Raises `ParameterError` for one that this machine does not have, and for mps, which has no float64."
     if device is None: return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count())),
-]
-    if device == "mps": raise ParameterError("device = 'mps' cannot be used: exact scores and metrics need float64, which it does not have; use cpu")
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if isinstance(device, torch.device): device = str(device)
+    if device in ("mps", "mps:0"): raise ParameterError(f"device = {device!r} cannot be used: exact scores and metrics need float64, which it does not have; use cpu")
     if device not in there: raise ParameterError(f"device = {device!r} is not on this machine (there is: {', '.join(there)})")
     return torch.device(device)

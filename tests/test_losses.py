@@ -157,6 +157,28 @@ def test_lambda_in_float64_leaves_the_loss_in_float32():
     assert found.dtype == torch.float32 and torch.equal(found, same)
 
 
+def test_an_infinite_cross_entropy_does_not_count_without_a_weight():
+    "The class 1 is impossible, and its gradient a number."
+    x, sigma, noise = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.ones(B), torch.zeros(B, 2)
+    def certain(x, sigma): return torch.stack([x[:, 0], 2 * x[:, 1] - math.inf], 1)
+    y = torch.ones(B, dtype=torch.long)
+    assert ce_loss(certain, x, sigma, y).isinf().all() and total_loss(certain, prior, x, y, sigma, noise, 0.1).isinf().all()
+    expected = (torch.tensor([-1., 2.]) - x / 2).square().mean(1) / 2
+    for found in (dlsm_loss(certain, prior, x, y, sigma, noise), total_loss(certain, prior, x, y, sigma, noise, 0)): torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cross_entropy_of_any_logits_is_at_least_float32(dtype):
+    x, sigma, y, noise = torch.zeros(3, 2), torch.ones(3), torch.tensor([0, 1, 1]), torch.zeros(3, 2)
+    logits = torch.tensor([[0.1, 0.3], [1., -1.], [6e4, -6e4]]).to(dtype)
+    def net(x, sigma): return logits + (0 * x).to(dtype)
+    expected = (logits.double().logsumexp(1) - logits.double()[torch.arange(3), y])
+    found = ce_loss(net, x, sigma, y)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(total_loss(net, lambda x, s: 0 * x, x, y, sigma, noise, 1.).double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_levels_of_a_schedule_meet_float32_points():
     "They are float64; the losses are those of the same levels in float32, in float32."
     g = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ from torch import nn
 
 from dlsm.guidance import likelihood_score
 from dlsm.networks import Ensemble, MLPClassifier, MLPScore, seeded
+from dlsm.training import fit
 
 JOINT = dict(widths=(16, 8), sigma_widths=(8,), joint=12, scale=15., log_sigma=True, activation=nn.SiLU)
 
@@ -96,6 +97,64 @@ def test_ensemble_state_round_trip():
 
 def test_ensemble_refuses_buffers():
     with pytest.raises(ValueError, match="buffers"): Ensemble([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
+
+
+class Dropping(nn.Module):
+    "A network with a layer that depends on the mode."
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop, self.out = nn.Linear(2, 64), nn.Dropout(0.5), nn.Linear(64, 2)
+
+    def forward(self, x, sigma): return self.out(self.drop(self.inner(x)))
+
+
+def test_ensemble_in_eval_mode_has_no_dropout_and_in_train_mode_has():
+    nets = [seeded(Dropping, s) for s in range(2)]
+    ensemble, x, sigma = Ensemble(nets), torch.ones(2, 5, 2), torch.ones(2, 5)
+    def same(): return [torch.equal(once(), once()) for once in (lambda: ensemble.member(0)(x[0], sigma[0]), lambda: ensemble(x, sigma))]
+    assert ensemble.training and same() == [False, False]
+    ensemble.eval()
+    assert same() == [True, True] and all(net.drop.training for net in nets)  # their own modes stay
+    for i, net in enumerate(nets):
+        net.eval()
+        torch.testing.assert_close(ensemble(x, sigma)[i], net(x[i], sigma[i]))
+        torch.testing.assert_close(ensemble.member(i)(x[i], sigma[i]), net(x[i], sigma[i]))
+    ensemble.train()
+    assert same() == [False, False] and not Ensemble(nets).training and not Ensemble(nets)._member.drop.training
+
+
+def test_an_ensemble_is_trained_in_train_mode_and_left_in_eval_mode():
+    ensemble, seen = Ensemble([seeded(Dropping, s) for s in range(2)]), []
+    def loss(model, generator):
+        seen.append(model._member.drop.training)
+        return model(torch.ones(2, 5, 2), torch.ones(2, 5)).square().mean()
+    for state in fit(ensemble, loss, 3, torch.optim.Adam(ensemble.parameters()), 0, ema=0.9, evaluate=lambda state: {"mode": state.ema._member.drop.training}, every=1): pass
+    assert seen == [True] * 3 and not ensemble._member.drop.training and not any(r["mode"] for r in state.record)
+
+
+def test_what_is_frozen_in_the_members_is_frozen_in_the_ensemble():
+    nets = [seeded(MLPScore, s) for s in range(2)]
+    for net in nets: net.x_branch.requires_grad_(False)
+    ensemble = Ensemble(nets)
+    assert [p.requires_grad for p in ensemble.parameters()] == [p.requires_grad for p in nets[0].parameters()]
+    ensemble(torch.randn(2, 5, 2), torch.ones(2, 5)).sum().backward()
+    assert [p.grad is None for p in ensemble.parameters()] == [not p.requires_grad for p in nets[0].parameters()]
+
+
+def test_an_ensemble_of_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x, sigma): return self.b(self.a(x))
+    nets, x, sigma = [seeded(Tied, s) for s in range(2)], torch.randn(2, 5, 2), torch.ones(2, 5)
+    ensemble = Ensemble(nets)
+    assert len(list(ensemble.parameters())) == 3
+    for i, net in enumerate(nets):
+        torch.testing.assert_close(ensemble(x, sigma)[i], net(x[i], sigma[i]))
+        torch.testing.assert_close(ensemble.member(i)(x[i], sigma[i]), net(x[i], sigma[i]))
 
 
 @pytest.mark.gpu

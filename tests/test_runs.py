@@ -278,6 +278,15 @@ def test_a_number_among_choices_that_are_texts_is_a_text():
     assert kept == {"steps": 2}
 
 
+@pytest.mark.parametrize("rule, right, wrong, told", [
+    (int | None, (3, None), (True, 1.5, "3"), "a whole number or None"), (float | None, (1, 0.5, None), (float("nan"), float("inf"), True, "1"), "a number or None"),
+    (str | int, ("a", 2), (False, None), "a text or a whole number"), (bool | None, (True, None), (1,), "True or False or None")])
+def test_types_with_alternatives_are_as_strict_as_each(rule, right, wrong, told):
+    for value in right: check_parameters({"steps": value}, steps=rule)
+    for value in wrong:
+        with pytest.raises(ParameterError, match=f"must be {told}"): check_parameters({"steps": value}, steps=rule)
+
+
 @pytest.mark.parametrize("given, told", [({"seed": 3, "preset": "demo"}, None), ({"sed": 3}, "ParameterError: unknown parameter sed;")])
 def test_parameters_through_papermill(tmp_path, given, told):
     import papermill
@@ -296,7 +305,11 @@ def test_parameters_through_papermill(tmp_path, given, told):
 
 def test_device():
     assert pick_device("cpu").type == "cpu" and pick_device() in (torch.device("cpu"), torch.device("cuda"))
-    with pytest.raises(ParameterError, match="there is: cpu"): pick_device("cuda:99")
+    assert pick_device(torch.device("cpu")) == torch.device("cpu")
+    for wrong in ("cuda:99", torch.device("cuda:99")):
+        with pytest.raises(ParameterError, match="device = 'cuda:99' is not on this machine .there is: cpu"): pick_device(wrong)
+    for wrong in ("mps", torch.device("mps"), torch.device("mps", 0)):
+        with pytest.raises(ParameterError, match="cannot be used: exact scores"): pick_device(wrong)
 
 
 def test_progress_without_audience(capsys):
