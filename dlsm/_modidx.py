@@ -396,6 +396,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                            'dlsm.runs._version': ('runs.html#_version', 'dlsm/runs.py'),
                            'dlsm.runs.alive': ('runs.html#alive', 'dlsm/runs.py'),
                            'dlsm.runs.atomic_path': ('runs.html#atomic_path', 'dlsm/runs.py'),
+                           'dlsm.runs.atomic_tensors': ('runs.html#atomic_tensors', 'dlsm/runs.py'),
                            'dlsm.runs.atomic_write': ('runs.html#atomic_write', 'dlsm/runs.py'),
                            'dlsm.runs.device_name': ('runs.html#device_name', 'dlsm/runs.py'),
                            'dlsm.runs.figure_dir': ('runs.html#figure_dir', 'dlsm/runs.py'),

@@ -61,6 +61,7 @@ def _write(
     for name, tensors in weights.items():
         save_file(_own_memory(tensors), part / f"{name}.safetensors")
     torch.save(state, part / "state.pt")
+    for file in part.glob("*.safetensors"): shutil.copymode(part / "state.pt", file)  # their writer lets only the owner read them
     meta = meta | {"sha256": {p.name: sha256(p) for p in sorted(part.iterdir())} | {"meta": _meta_digest(meta)}}
     (part / "meta.json").write_text(json.dumps(meta, indent=1))
     for p in part.iterdir():

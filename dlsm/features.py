@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .runs import ParameterError, atomic_path, atomic_write, progress, sha256
+from .runs import ParameterError, atomic_path, atomic_tensors, atomic_write, progress, sha256
 
 # %% ../nbs/15a_features.ipynb #b9c90003
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def stored(
         if not _same(path, identity, noted.get(path.name)):
             seen = see(network, x[part], y[part], batch)
             tensors = {"features": seen.x, "y": seen.y} | ({} if seen.logits is None else {"logits": seen.logits})
-            with atomic_path(path) as new: save_file(tensors, new, identity)
+            atomic_tensors(path, tensors, identity)
             noted[path.name] = sha256(path)
             atomic_write(folder / "unfinished.json", json.dumps({"sha256": noted}, indent=1))
         names.append(path.name)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoints import differences
-from .runs import atomic_path, atomic_write, find_root, sha256
+from .runs import atomic_tensors, atomic_write, find_root, sha256
 
 # %% ../nbs/13e_kept.ipynb #5bece300
 def rounded(
@@ -50,7 +50,7 @@ def write_kept(
     "Write one file of weights and its line in the index."
     path = find_root() / "weights" / f"{key}.safetensors"
     about = {"config": config, "precision": "trained weights rounded to float16, the rest as trained"} | facts
-    with atomic_path(path) as part: save_file(dict(tensors), part, {"about": json.dumps(about, sort_keys=True)})
+    atomic_tensors(path, tensors, {"about": json.dumps(about, sort_keys=True)})
     entry = {"size": path.stat().st_size, "sha256": sha256(path)} | facts
     atomic_write(path.parents[2] / "index.json", json.dumps(kept_index() | {f"{key}.safetensors": entry}, indent=1, sort_keys=True) + "\n")
     return entry

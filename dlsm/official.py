@@ -18,7 +18,7 @@ from threading import RLock, get_ident
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .dsm import Score
@@ -26,7 +26,7 @@ from .guidance import Classifier
 from .ncsnpp import FourierFeatures, NCSNpp
 from .registry import advice
 from .resnet import BatchNorm, SigmaResNet
-from .runs import atomic_path
+from .runs import atomic_path, atomic_tensors
 
 # %% ../nbs/18_official.ipynb #a07a4edb
 def _trained(
@@ -248,5 +248,4 @@ def save_safetensors(
 ) -> Path: # the path
     "Write the weights alone, under our names: what a quarter of a published file holds, without a pickle."
     weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    with atomic_path(path) as part: save_file(weights, part, {"kind": _kind(weights), "dataset": dataset})
-    return Path(path)
+    return atomic_tensors(path, weights, {"kind": _kind(weights), "dataset": dataset})

@@ -17,7 +17,7 @@ from hashlib import sha256 as sha256_of
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoints import fingerprint
@@ -26,7 +26,7 @@ from .guidance import Classifier, posterior_score
 from .image_presets import IMAGES, ImagePreset
 from .noise import image_noise
 from .parallel import process_device, team
-from .runs import ParameterError, atomic_path, atomic_write, find_root, pick_device, sha256
+from .runs import ParameterError, atomic_tensors, atomic_write, find_root, pick_device, sha256
 from .samplers import heun_sample, in_bf16, karras_levels, multistep_sample, pc_sample
 from .sampling_presets import LOSS_OF, SAMPLING, SamplingPreset
 from .schedule import VESchedule
@@ -191,7 +191,7 @@ def _write(
 ):
     "Write a shard whole or not at all."
     tensors = {"x": (x.clamp(0, 1) * 255).round().to(torch.uint8), "y": y, "index": index}
-    with atomic_path(path) as part: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part)
+    atomic_tensors(path, {k: v.cpu().contiguous() for k, v in tensors.items()})
     note = {"first": int(index[0]), "set": _digest(meta), "histogram": torch.bincount(y.cpu(), minlength=meta["n_classes"]).tolist(), "sha256": sha256(path),
             "seconds": round(seconds, 2), "device": str(x.device), "torch": torch.__version__}
     atomic_write(path.with_suffix(".json"), json.dumps(note) + "\n")

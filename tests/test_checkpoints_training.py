@@ -174,6 +174,10 @@ def test_a_process_that_is_behind_removes_nothing_of_one_that_is_ahead(tmp_path)
     assert steps_in(tmp_path) == [f"step-000000{step}" for step in (10, 20, 30)] and load_checkpoint(tmp_path, {})["step"] == 30
 
 
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path):
+    assert len({path.stat().st_mode for path in put(tmp_path, 1).iterdir()}) == 1
+
+
 def test_keeping_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="keep=0; expected at least 1"): put(tmp_path, 1, keep=0)
     assert not list(tmp_path.iterdir())

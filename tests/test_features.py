@@ -108,6 +108,7 @@ def test_shards_are_kept_and_made_again_where_needed(digits, tmp_path):
     calls, x, y = [], digits.x[:10], digits.y[:10]
     first = stored(counting(calls), x, y, tmp_path, shard=4)
     assert calls == [4, 4, 2] and torch.equal(first.x, x.flatten(1).float()) and torch.equal(first.y, y)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one file may read all
     again = stored(counting(calls), x, y, tmp_path, shard=4)
     assert calls == [4, 4, 2] and torch.equal(again.logits, first.logits) and (again.network, again.digest, again.scorer) == ("counter", "abc", "counter")
     (tmp_path/"features-00001.safetensors").unlink()

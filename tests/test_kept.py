@@ -83,6 +83,7 @@ def test_files_say_what_they_are(trained):
             assert {file.get_tensor(k).dtype for k in file.keys() if not k.endswith(("modules.0.W", "sigmas"))} == {torch.float16}
         assert about["config"]["steps"] == steps_of(name) and "float16" in about["precision"] and about["fingerprint"] == fingerprint(trained[1][name])
     assert about["config"]["score"] == fingerprint(trained[1]["score-0"])
+    assert len({path.stat().st_mode for path in (trained[0]/"weights").rglob("*") if path.is_file()}) == 1  # whoever may read one may read all
 
 
 def test_sample_sets_name_the_weights_that_were_used(clean):

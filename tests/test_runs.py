@@ -14,11 +14,13 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from safetensors import safe_open
 
 from dlsm.presets import MOONS, ParameterError, check_parameters, pick_device
 from dlsm.runs import (
     alive,
     atomic_path,
+    atomic_tensors,
     atomic_write,
     figure_dir,
     find_root,
@@ -112,6 +114,18 @@ def test_full_disk_while_flushing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk is full"): atomic_write(path, b"new")
     assert path.read_bytes() == b"old" and files(tmp_path) == ["file.bin"]
+
+
+def test_tensors_are_written_as_all_else(tmp_path, monkeypatch):
+    "Read by the same people, and on a full disk the same error."
+    path = atomic_tensors(tmp_path/"x.safetensors", {"a": torch.arange(3)}, {"kind": "test"})
+    with safe_open(path, "pt") as file: assert file.metadata() == {"kind": "test"} and file.get_tensor("a").tolist() == [0, 1, 2]
+    assert path.stat().st_mode == atomic_write(tmp_path/"x.txt", "x").stat().st_mode
+    before = path.read_bytes()
+    def full(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="disk is full"): atomic_tensors(path, {"a": torch.arange(4)})
+    assert path.read_bytes() == before and files(tmp_path) == ["x.safetensors", "x.txt"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -54,7 +54,7 @@ def test_a_set_is_balanced_and_says_what_it_is(runs):
     folder = sample_dir("digits", "smoke", "base", 0, "heun-4", 2.5)
     notes = [json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))]
     assert [sum(note["histogram"]) for note in notes] == [16, 16, 16, 16, 6] and notes[0]["histogram"] == [2] * 6 + [1] * 4
-    assert not list(folder.glob(".part-*"))
+    assert not list(folder.glob(".part-*")) and len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read one file may read all
 
 
 def test_a_small_set_is_the_beginning_of_a_large_one():
