@@ -67,7 +67,7 @@ def _write(
     for p in part.iterdir():
         with open(p, "rb+") as file: os.fsync(file.fileno())
 
-
+# %% ../nbs/13a_checkpoints.ipynb #13a00020
 def _remove(
     path:Path, # a checkpoint's folder
 ):
@@ -88,7 +88,7 @@ def _place(
         except OSError as e:
             if last or e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
 
-
+# %% ../nbs/13a_checkpoints.ipynb #13a00030
 def save_checkpoint(
     folder:str|Path, # the run's folder
     step:int, # finished steps

@@ -119,7 +119,7 @@ def alive(
     except OSError: pass
     return True
 
-
+# %% ../nbs/17_runs.ipynb #17000020
 @contextmanager
 def atomic_path(
     path:str|Path, # the file to write
@@ -142,7 +142,7 @@ def atomic_path(
         raise OSError(e.errno, told, str(path)) from None
     finally: part.unlink(missing_ok=True)
 
-
+# %% ../nbs/17_runs.ipynb #17000030
 def atomic_write(
     path:str|Path,  # the file to write
     data:str|bytes, # its content; text is written as UTF-8

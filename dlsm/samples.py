@@ -113,7 +113,7 @@ def _ranges(meta:dict)->list[tuple[int, int]]: # of each shard: number of the fi
 
 def _shard(folder:Path, number:int)->Path: return folder / f"shard-{number:05d}.safetensors"
 
-
+# %% ../nbs/14b_samples.ipynb #14b00020
 def _note(
     path:Path, # of a shard
     first:int, # number of its first image
@@ -125,7 +125,7 @@ def _note(
     if not isinstance(note, dict) or not {"sha256", "seconds"} <= note.keys(): return None
     return note if note.get("first") == first and note.get("set") in (None, _digest(meta)) and path.exists() and sha256(path) == note["sha256"] else None
 
-
+# %% ../nbs/14b_samples.ipynb #14b00030
 def load_samples(
     folder:str|Path, # of `sample_dir`
 )->Samples: # the whole set, in the order of the images' numbers
