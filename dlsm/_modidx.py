@@ -248,6 +248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                              'dlsm.ncsnpp._dense': ('ncsnpp.html#_dense', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._fir': ('ncsnpp.html#_fir', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._init': ('ncsnpp.html#_init', 'dlsm/ncsnpp.py'),
+                             'dlsm.ncsnpp._padded': ('ncsnpp.html#_padded', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._reduced': ('ncsnpp.html#_reduced', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._shifted': ('ncsnpp.html#_shifted', 'dlsm/ncsnpp.py'),
                              'dlsm.ncsnpp._unet_forward': ('ncsnpp.html#_unet_forward', 'dlsm/ncsnpp.py'),

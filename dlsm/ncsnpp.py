@@ -48,11 +48,16 @@ def _reduced(x:Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
+def _padded(x:Tensor, dim:int, n:int) -> Tensor:
+    "Put n zeros before and after one direction of a map."
+    return F.pad(x, (0, 0, n, n) if dim == 2 else (n, n))
+
+
 def _shifted(x:Tensor, padding:int, stride:int) -> Tensor:
     "Filter by [1, 3, 3, 1]/8 in both directions, zeros beyond the border, by sums of shifted pixels."
     given = x
     for dim in (2, 3):
-        wide = F.pad(x, (0, 0, padding, padding) if dim == 2 else (padding, padding))
+        wide = _padded(x, dim, padding)
         last = (wide.shape[dim] - 4)//stride*stride
         a, b, c, d = (wide[(slice(None),)*dim + (slice(i, i + last + 1, stride),)] for i in range(4))
         x = 0.125*(a + d) + 0.375*(b + c)
@@ -79,8 +84,7 @@ class Resample(nn.Module):
         x = given = _reduced(x)
         if not self.up: return _shifted(x, 1, 2)
         for dim in (2, 3):
-            wide = F.pad(x, (0, 0, 1, 1) if dim == 2 else (1, 1))
-            before, after = (wide.narrow(dim, start, x.shape[dim]) for start in (0, 2))
+            before, after = (_padded(x, dim, 1).narrow(dim, start, x.shape[dim]) for start in (0, 2))
             x = torch.stack([0.75*x + 0.25*before, 0.75*x + 0.25*after], dim + 1).flatten(dim, dim + 1)
         return _alike(x, given)
 
