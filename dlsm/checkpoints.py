@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .runs import alive, part_name, sha256
+from .files import alive, part_name, sha256
 
 # %% ../nbs/13a_checkpoints.ipynb #8b7e11fb
 def _own_memory(

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .runs import ParameterError, atomic_path, find_root, progress
+from .files import atomic_path
+from .runs import ParameterError, find_root, progress
 from .training import step_generator
 
 # %% ../nbs/10_data.ipynb #8fd185ab

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .runs import ParameterError, atomic_path, atomic_tensors, atomic_write, progress, sha256
+from .files import atomic_path, atomic_tensors, atomic_write, sha256
+from .runs import ParameterError, progress
 
 # %% ../nbs/15a_features.ipynb #b9c90003
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoints import differences
-from .runs import atomic_tensors, atomic_write, find_root, sha256
+from .files import atomic_tensors, atomic_write, sha256
+from .runs import find_root
 
 # %% ../nbs/13e_kept.ipynb #5bece300
 def rounded(

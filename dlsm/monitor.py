@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .runs import atomic_write
+from .files import atomic_write
 
 # %% ../nbs/13c_monitor.ipynb #d3e806b6
 def read_log(

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from .checkpoints import fingerprint
 from .data import moons
 from .dsm import Score, dsm_loss, perturb
+from .files import atomic_write
 from .losses import ce_loss, total_loss
 from .moons_measures import curves
 from .networks import Ensemble, MLPClassifier, MLPScore, map_members, seeded
 from .parzen import parzen_score
 from .precond import EDMPrecond
 from .presets import MoonsPreset
-from .runs import atomic_write, device_name, progress, run_dir
+from .runs import device_name, progress, run_dir
 from .schedule import VESchedule
 from .training import State, fit
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .dsm import Score
+from .files import atomic_path, atomic_tensors
 from .guidance import Classifier
 from .ncsnpp import FourierFeatures, NCSNpp
 from .registry import advice
 from .resnet import BatchNorm, SigmaResNet
-from .runs import atomic_path, atomic_tensors
 
 # %% ../nbs/18_official.ipynb #a07a4edb
 def _trained(

@@ -19,12 +19,13 @@ from torch import nn
 from .checkpoints import fingerprint
 from .cost import trained
 from .dsm import Score
+from .files import sha256
 from .guidance import Classifier
 from .image_presets import IMAGES, ImagePreset
 from .images import LOSSES, classifier_net, score_net
 from .kept import kept_index, rounded, write_kept
 from .monitor import read_log
-from .runs import ParameterError, device_name, pick_device, run_dir, sha256
+from .runs import ParameterError, device_name, pick_device, run_dir
 from .schedule import VESchedule, expand
 from .stages import classifier_config, load_classifier, load_score, score_config
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from .checkpoints import fingerprint
 from .dsm import Score
+from .files import atomic_tensors, atomic_write, sha256
 from .guidance import Classifier, posterior_score
 from .image_presets import IMAGES, ImagePreset
 from .noise import image_noise
 from .parallel import process_device, team
-from .runs import ParameterError, atomic_tensors, atomic_write, find_root, pick_device, sha256
+from .runs import ParameterError, find_root, pick_device
 from .samplers import heun_sample, in_bf16, karras_levels, multistep_sample, pc_sample
 from .sampling_presets import LOSS_OF, SAMPLING, SamplingPreset
 from .schedule import VESchedule

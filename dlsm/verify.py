@@ -17,7 +17,8 @@ from collections import Counter
 from pathlib import Path
 
 from .compare import DIFFERENT, MISSING, VERDICTS, Row, agree, compare_folders, control, control_line, counts, table_of
-from .runs import atomic_write, figure_dir, find_root, save_result, sha256
+from .files import atomic_write, sha256
+from .runs import figure_dir, find_root, save_result
 
 # %% ../nbs/17g_verify.ipynb #275da244
 def record_of(

@@ -16,7 +16,7 @@ from torch import nn
 
 from dlsm import checkpoints
 from dlsm.checkpoints import load_checkpoint, save_checkpoint
-from dlsm.runs import part_name
+from dlsm.files import part_name
 from dlsm.training import fit, lr_factor, step_generator
 
 KILLED = """

@@ -9,8 +9,9 @@ import torch
 from dlsm import features
 from dlsm.data import image_data
 from dlsm.features import INCEPTION, Network, check_images, efficientnet, inception, inception_weights, load_features, pixels, see, stored
+from dlsm.files import sha256
 from dlsm.metrics import feature_network, measure
-from dlsm.runs import ParameterError, sha256
+from dlsm.runs import ParameterError
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from dlsm import registry
 from dlsm.checkpoints import fingerprint
 from dlsm.data import image_data
+from dlsm.files import sha256
 from dlsm.image_presets import IMAGES
 from dlsm.images import LOSSES
 from dlsm.kept import kept_index
 from dlsm.registry import keep_weights, main
-from dlsm.runs import sha256
 from dlsm.samples import load_networks, load_samples, make_samples, sample_dir
 from dlsm.sampling_presets import SAMPLING
 from dlsm.stages import fit_classifier, fit_score, load_classifier, load_score

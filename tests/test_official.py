@@ -18,12 +18,13 @@ from parity import PARITY, bar_in_float32, case, fill, published_names, relative
 from torch import nn
 
 from dlsm import registry
+from dlsm.files import sha256
 from dlsm.ncsnpp import NCSNpp
 from dlsm.official import load_classifier, load_score, save_official, save_safetensors
 from dlsm.precond import EDMPrecond
 from dlsm.registry import advice, checkpoint, known, verify
 from dlsm.resnet import SigmaResNet
-from dlsm.runs import need, sha256
+from dlsm.runs import need
 
 FREQUENCIES = ("all_modules.0.W", "classifier.condition_modules.0.W")
 DATASET = {"ncsnpp_small": "cifar10", "ncsnpp_cifar": "cifar10", "resnet18": "cifar10", "resnet34": "cifar100"}

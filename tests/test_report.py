@@ -8,9 +8,10 @@ import papermill
 import pytest
 
 from dlsm.checks import TABLE1_CLAIMS
+from dlsm.files import atomic_write, sha256
 from dlsm.plots import METHOD_NAMES
 from dlsm.report import ITEMS, made_on, others, rows, status_table, trained_for
-from dlsm.runs import atomic_write, load_result, paper, sha256
+from dlsm.runs import load_result, paper
 from dlsm.verdicts import VERDICTS, Claim, exists, markdown_table, number, read_results, verdict
 
 MADE = {"dataset": "moons", "preset": {"name": "demo", "score_net": "preconditioned"}, "seeds": [0, 1], "device": "CPU",

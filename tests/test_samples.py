@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dlsm.checkpoints import fingerprint
+from dlsm.files import sha256
 from dlsm.image_presets import IMAGES
 from dlsm.images import classifier_net, score_net
 from dlsm.networks import seeded
-from dlsm.runs import ParameterError, sha256
+from dlsm.runs import ParameterError
 from dlsm.samples import draw, evaluations, load_networks, load_samples, main, make_samples, sample_dir
 from dlsm.sampling_presets import SAMPLING
 

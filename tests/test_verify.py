@@ -8,7 +8,8 @@ import pytest
 
 import dlsm.verify
 from dlsm.compare import compare_folders, compare_values, control, counts, table_of
-from dlsm.runs import find_root, save_result, sha256
+from dlsm.files import sha256
+from dlsm.runs import find_root, save_result
 from dlsm.verify import known_notebooks, main, record_of, summary
 
 
