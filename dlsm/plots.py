@@ -19,12 +19,12 @@ METHOD_COLORS = {  # one colour for each method, in every figure
     "base": "#0072B2", "scaling": "#CC79A7", "posterior_sm": "#E69F00", "dlsm": "#009E73", "total": "#009E73", "oracle": "#000000",
     "ce": "#0072B2", "dlsm_prime": "#D55E00", "prior": "#56B4E9",
 }
-METHOD_NAMES = {  # as the paper writes them
-    "base": "Base", "scaling": "Scaling", "posterior_sm": "Posterior SM", "dlsm": "Ours", "oracle": "Oracle",
+METHOD_NAMES = {  # as the paper writes them; what it calls "Ours" has its name here
+    "base": "Base", "scaling": "Scaling", "posterior_sm": "Posterior SM", "dlsm": "DLSM", "oracle": "Oracle",
     "ce": r"$L_\mathrm{CE}$", "dlsm_prime": r"$L_\mathrm{DLSM'}$", "total": r"$L_\mathrm{Total}$",
 }
 CLASSIFIER_NAMES = {  # where α is varied, and base and scaling are one
-    "base": r"classifier trained with $L_\mathrm{CE}$ (base, scaling)", "dlsm": r"classifier trained with $L_\mathrm{Total}$ (ours)",
+    "base": r"classifier trained with $L_\mathrm{CE}$ (base, scaling)", "dlsm": r"classifier trained with $L_\mathrm{Total}$ (DLSM)",
 }
 
 # %% ../nbs/16_plots.ipynb #21dc108f
