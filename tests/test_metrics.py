@@ -12,7 +12,22 @@ from dlsm.classwise import check_balanced, classwise, released, stream
 from dlsm.features import Features
 from dlsm.frechet import fid, moments
 from dlsm.intervals import accuracy_interval, halves, interval
-from dlsm.metrics import CLAIMS, FAIR, ROWS, Measured, check_claim, class_differences, estimate, estimate_accuracy, measure, measure_halves, row_titles
+from dlsm.metrics import (
+    CLAIMS,
+    FAIR,
+    NOT_TESTABLE,
+    OPEN,
+    ROWS,
+    Measured,
+    check_claim,
+    class_differences,
+    estimate,
+    estimate_accuracy,
+    measure,
+    measure_halves,
+    not_testable,
+    row_titles,
+)
 from dlsm.neighbours import PRDC, expected_coverage, nearest, prdc, prdc_points, radii
 
 
@@ -276,7 +291,7 @@ def test_names_and_claims():
     claim = next(c for c in CLAIMS if c.row == "FID" and c.method == "dlsm")
     printed = {"FID": [4., 12., 2.], "CAS": [0.4, 0.5, 0.6]}
     against = {c.text: check_claim(c, None, printed)["paper"] for c in CLAIMS if c.other == "scaling"}
-    assert against == {"against scaling too, ours has the lower FID": -10, "against scaling too, ours has the higher CAS": pytest.approx(0.1)}
+    assert against == {"against scaling too, DLSM has the lower FID": -10, "against scaling too, DLSM has the higher CAS": pytest.approx(0.1)}
     fair = check_claim(FAIR, {"value": -1., "low": -2., "high": -0.1}, printed)
     assert fair["outcome"] == "holds" and fair["paper"] is None and not fair["of_paper"]  # the paper has one α for each
     assert check_claim(claim, {"value": -1., "low": -2., "high": -0.1})["outcome"] == "holds"
@@ -329,4 +344,19 @@ def test_a_best_alpha_at_an_end_of_the_range_decides_nothing():
     for value, word in ((2., "the opposite holds"), (-2., "holds")):
         difference = {"value": value, "low": value - 1, "high": value + 1}
         told, open_end = check_claim(FAIR, difference), check_claim(FAIR, difference, open_end=True)
-        assert told["outcome"] == word and open_end["outcome"] == "undecided" and "may lie beyond" in open_end["why"]
+        assert told["outcome"] == word and open_end["outcome"] == OPEN and "may lie beyond" in open_end["why"]
+
+
+def test_claims_that_these_images_cannot_test():
+    "Too far from the data, or at the floor; a value that may rise from there, or fall to it, can be tested."
+    higher, lower = (next(c for c in CLAIMS if (c.row, c.sign, c.method) == key) for key in (("cw_recall", 1, "dlsm"), ("recall", -1, "scaling")))
+    small = {"value": 0., "low": -0.01, "high": 0.01}
+    for claim, values, covered, word in ((higher, {"base": 0.5, "dlsm": 0.6}, 0.17, "17.0%"), (FAIR, {"base": 9., "dlsm": 8.}, 0.17, "too far"),
+                                         (FAIR, {"base": 0., "dlsm": 0.}, 0.5, ""),
+                                         (lower, {"base": 0.005, "scaling": 0.5}, 0.5, "floor"), (lower, {"base": 0.5, "scaling": 0.005}, 0.5, ""),
+                                         (higher, {"base": 0., "dlsm": 0.}, 0.5, "floor"), (higher, {"base": 0., "dlsm": 0.5}, 0.5, "")):
+        why = not_testable(claim, small, values, covered, 0.9)
+        assert (word in why if word else not why), (claim, why)
+        told = check_claim(claim, small | {"low": 0.001} | ({"high": -0.001, "low": -0.01} if claim.sign < 0 else {}), open_end=claim is FAIR, untestable=why)
+        assert told["outcome"] == (NOT_TESTABLE if word else OPEN if claim is FAIR else "holds") and (not word or told["why"] == why)
+    assert check_claim(higher, None, untestable="far")["outcome"] == "not measured" and not not_testable(higher, None, {}, 0.5, 0.9)
