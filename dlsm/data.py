@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import md5
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,7 +106,7 @@ def download(
     for url in MIRRORS[dataset]:
         print(f"downloading {url}", flush=True)
         try: _fetch(url, path, ARCHIVE_MD5[dataset])
-        except OSError as e: failed.append(f"{url.split('/')[2]}: {e}")
+        except (OSError, HTTPException) as e: failed.append(f"{url.split('/')[2]}: {e or type(e).__name__}")  # the second: no HTTP, or cut off
         else: return path
         print(f"  {failed[-1]}", flush=True)
     raise ParameterError(f"no mirror gave {path.name} ({'; '.join(failed)}): put that file, MD5 {ARCHIVE_MD5[dataset]}, into {folder} and run again")
@@ -131,9 +132,9 @@ def _cifar(
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
     given = data_dir or os.environ.get("DLSM_DATA")
     folder = Path(given).expanduser() if given else find_root() / "data"
-    if given and not folder.is_dir():
-        raise ParameterError(f"{'data_dir' if data_dir else '$DLSM_DATA'} = {str(given)!r} is not a folder: name the one that holds {source.base_folder}")
     try:
+        if given and not folder.is_dir():
+            raise ParameterError(f"{'data_dir' if data_dir else '$DLSM_DATA'} = {str(given)!r} is not a folder: name the one that holds {source.base_folder}")
         if not (folder / source.base_folder).is_dir():
             archive = folder / source.filename
             if given and not archive.exists():

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import nn
 
-from .checkpoints import fingerprint
+from .checkpoints import fingerprint, finished_steps
 from .cost import trained
 from .dsm import Score
 from .files import sha256
@@ -142,19 +142,22 @@ def keep_weights(
     preset:ImagePreset, # of a finished run
     seed:int=0, # of its trainings
     device:torch.device|str|None=None, # where they were trained, which no checkpoint says; None: a GPU if there is one
+    partial:bool=False, # keep those of its trainings that are finished; False: all four
 )->dict[str, dict]: # the new lines of the index, by path below weights/
-    "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished."
-    names = [f"score-{seed}", *(f"classifier-{loss}-{seed}" for loss in LOSSES)]
-    for name in names:
-        if not any(run_dir(preset.dataset, preset.name, name, make=False).glob("step-*")):
-            raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished run can be kept")
-    score = load_score(preset, seed)
-    nets = [score, *(load_classifier(preset, loss, score, seed) for loss in LOSSES)]
-    configs = [score_config(preset, seed), *(classifier_config(preset, loss, score, seed) for loss in LOSSES)]
-    fresh = [score_net(preset), *[classifier_net(preset)] * len(LOSSES)]
-    keys = [f"{preset.dataset}/{preset.name}/{name}" for name in names]
-    where = pick_device(device)
-    return {f"{key}.safetensors": _keep(net, new, key, preset, config, where) for key, net, new, config in zip(keys, nets, fresh, configs)}
+    "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished, with `partial` if all are."
+    steps = {f"score-{seed}": preset.score.steps} | {f"classifier-{loss}-{seed}": preset.classifier.steps for loss in LOSSES}
+    there = {name: finished_steps(run_dir(preset.dataset, preset.name, name, make=False)) for name in steps}
+    names = [name for name in steps if not partial or there[name] and there[name][-1].name == f"step-{steps[name]:08d}"]
+    if missing := next((name for name in names or steps if not there[name]), None):
+        raise FileNotFoundError(f"{missing} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished {'training' if partial else 'run'} can be kept")
+    if not names: raise FileNotFoundError(f"no training of {preset.dataset}, preset {preset.name}, is finished: there is nothing to keep")
+    score, where, found = load_score(preset, seed), pick_device(device), {}
+    for name in names:  # all are looked at before one is written
+        loss = name.split("-")[1]
+        if name.startswith("score"): found[name] = score, score_net(preset), score_config(preset, seed)
+        else: found[name] = load_classifier(preset, loss, score, seed), classifier_net(preset), classifier_config(preset, loss, score, seed)
+    keys = {name: f"{preset.dataset}/{preset.name}/{name}" for name in found}
+    return {f"{keys[name]}.safetensors": _keep(net, fresh, keys[name], preset, config, where) for name, (net, fresh, config) in found.items()}
 
 # %% ../nbs/18a_registry.ipynb #4a2348df
 def main(
@@ -166,11 +169,12 @@ def main(
     command.add_argument("dataset", help=", ".join(IMAGES))
     command.add_argument("preset", help="smoke, cpu (CIFAR only), demo or paper")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--partial", action="store_true", help="keep what is finished, for a run that goes on elsewhere")
     command.add_argument("--device", help="where it was trained: cpu, cuda, …; by default a GPU if there is one")
     given = parser.parse_args(arguments)
     try:
         if given.preset not in IMAGES.get(given.dataset, ()): raise ParameterError(f"there is no preset {given.preset!r} of {given.dataset!r}")
-        for name, entry in keep_weights(IMAGES[given.dataset][given.preset], given.seed, given.device).items():
+        for name, entry in keep_weights(IMAGES[given.dataset][given.preset], given.seed, given.device, given.partial).items():
             print(f"weights/{name}: {entry['size']:,} bytes, SHA-256 {entry['sha256'][:16]}…, rounding changes the output by {entry['rounding_change']:.1e}")
     except (ValueError, OSError) as e: raise SystemExit(f"{type(e).__name__}: {e}") from e
 

@@ -8,6 +8,7 @@ __all__ = ['STAGE2', 'score_config', 'classifier_config', 'fit_score', 'fit_clas
 
 # %% ../nbs/13f_stages.ipynb #13f00002
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -48,7 +49,7 @@ def score_config(
     seed:int=0, # of weights and batches
 )->dict: # of plain values
     "Identify a training of stage 1: two with the same configuration give the same weights on the same device."
-    return _config(preset, preset.score, stage="score", seed=seed)
+    return _config(preset, preset.score, stage="score", seed=seed, **{"bf16": True} if preset.bf16 else {})  # its rounding is another training
 
 
 def classifier_config(
@@ -112,11 +113,15 @@ def _train(
     model = seeded(net, seeds[0]).to(device, memory_format=_layout(config))
     draw, stage1 = batches(images, preset, settings, seeds[1]), isinstance(settings, ScoreSettings)
     bf16 = preset.bf16 and fast and stage1
-    if not resume and rank == 0: shutil.rmtree(folder)
-    any_process(False, processes, device)  # all wait until it is removed
-    done = load_checkpoint(folder, config)
+    done = load_checkpoint(folder, config) if resume else None
     left = settings.steps - (done["step"] if done else 0)
-    if rank == 0: _cost(title, model, loss, preset, settings, images, seeds[1], left, gradient_in_loss, micro, processes)
+    if rank == 0:
+        _cost(title, model, loss, preset, settings, images, seeds[1], left, gradient_in_loss, micro, processes)
+        share = math.ceil(settings.batch / processes)
+        if getattr(settings, "norm", None) == "batch" and (at_once := min(micro or share, share)) < settings.batch:
+            print(f"  batch normalisation sees {at_once} images at a time, not {settings.batch}: another training than that of the whole batch at once", flush=True)
+        if not resume: shutil.rmtree(folder)  # now that nothing is refused any more
+    any_process(False, processes, device)  # all wait until it is removed
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], settings.lr)
     yield from fit(model, loss, settings.steps, optimizer, seeds[1], folder, config, settings.warmup, settings.decay, settings.ema, draw=draw, clip=settings.clip,
                    micro=micro, bf16=bf16, tf32=stage1, compiled=compiled, checkpoint_every=preset.checkpoint_every, log_every=preset.log_every, minutes=minutes)
