@@ -151,9 +151,10 @@ def agree(
 def table_of(
     found:dict[str, list[Row]], # of `compare_folders`
     examples:int=3, # of values that differ, for each result
+    links:bool=False, # whether each result leads to its file, as seen from figures/
 )->str: # Markdown
     "Show how many values of each result have which verdict, and some that are different or missing."
-    lines = [(result, *(f"{n:,}" for n in counts(rows).values())) for result, rows in found.items()]
+    lines = [(f"[{result}]({result}.json)" if links else result, *(f"{n:,}" for n in counts(rows).values())) for result, rows in found.items()]
     lines.append(("all", *(f"{n:,}" for n in counts(sum(found.values(), [])).values())))
     bad = []
     for result, rows in found.items():
@@ -163,7 +164,7 @@ def table_of(
     return "\n".join([markdown_table(("result", *VERDICTS), lines), "", *bad]).rstrip() + "\n"
 
 # %% ../nbs/17i_compare.ipynb #82ad6f7a
-FALSE = {"set to 0": 0., "times 1.2": 1.2, "times 2": 2.}  # factors
+FALSE = {"set to 0": 0., "times 1.2": 1.2, "times 2": 2.}  # factors, by what they do
 
 
 def control(
@@ -180,5 +181,6 @@ def control_line(
     judged:dict[str, dict[str, int]], # of `control`
 )->str: # one sentence
     "Say how many false numbers would be noticed."
-    shares = [f"{way} {number[DIFFERENT]:,} ({number[DIFFERENT] / max(sum(number.values()), 1):.0%})" for way, number in judged.items()]
-    return f"Control: of {sum(judged['set to 0'].values()):,} numbers with a fraction, the tolerances call different, if each is {', '.join(shares)}."
+    of = sum(judged["set to 0"].values())
+    shares = [f"{number[DIFFERENT] / max(of, 1):.0%} if each were {way}" for way, number in judged.items()]
+    return f"Control: of {of:,} numbers with a fraction that are compared, the tolerances would call different {', '.join(shares)}. The others are shown and hardly judged."

@@ -99,6 +99,10 @@ def test_the_record_is_about_the_files_that_were_compared(two_runs, capsys):
     assert record["sha256"] == {name: sha256(figures/f"{name}.json") for name in ("moons/fig1", "moons/table1")}
     assert record["run"]["dirty"] is False and record["notebooks"] is None and "2 | 2 | 2 |" in (figures/"verify.md").read_text(encoding="utf-8")
     assert summary(record, figures).endswith("values 2 identical, 2 within tolerance, 2 not judged")
+    page = (figures/"verify.md").read_text(encoding="utf-8")
+    for said in ("# Values that were compared", f"on {', '.join(record['run']['devices'])}, commit", "[moons/table1](moons/table1.json)", "- **not judged**: ", "Control: of"):
+        assert said in page, said
+    assert "no tolerance was needed" not in page  # one is 5% off
     path = figures/"moons/fig1.json"
     path.write_text(path.read_text(encoding="utf-8").replace("0.16", "0.12"), encoding="utf-8")
     assert summary(record, figures).endswith("values 1 identical, 1 within tolerance, 1 not judged; 1 of 2 results have been made anew since, and are not counted")
