@@ -80,7 +80,7 @@ class Exact:
     neighbours: Tensor  # effective number of training images in the weighted mean [B]
 
 
-ORACLE_BYTES = 30  # for each pixel value of the set: float32 twice and float64 once, the same for a half of the set, and what one query needs
+ORACLE_BYTES = 30  # for each pixel value of the set: float32 twice and float64 once, and as much again for two oracles of half of the set each
 
 
 def _neighbours(query:Tensor, sigma:Tensor, groups:list[Tensor])->Tensor:
@@ -127,7 +127,7 @@ def image_oracle(
 def check_oracle(
     images:Images, # of which the oracle will be
 ):
-    "Raise `MemoryError`, one line, if there is too little memory for `image_oracle` of the training images, and one of half of them beside it."
+    "Raise `MemoryError`, one line, if there is too little memory for `image_oracle` of the training images, and two of half of them each beside it."
     check_memory(f"the exact scores of {len(images.x):,} images", ORACLE_BYTES * images.x.numel(), images.x.device, "use another device or fewer images")
 
 # %% ../nbs/19a_mismatch.ipynb #1c1d56d4

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from .files import atomic_path, atomic_write, sha256
-from .presets import ParameterError, check_parameters, pick_device  # noqa: F401  a notebook finds all it needs here
+from .presets import ParameterError, check_parameters, in_one_line, pick_device  # noqa: F401  a notebook finds all it needs here
 
 # %% ../nbs/17_runs.ipynb #7abea17d
 def find_root(

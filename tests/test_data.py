@@ -2,9 +2,12 @@
 import hashlib
 import os
 import pickle
+import re
 import shutil
+import socket
 import tarfile
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -26,22 +29,26 @@ class Bomb:
     def __init__(self, marker): self.marker = str(marker)
 
 
-def tiny_cifar(monkeypatch, folder):
-    "Write a CIFAR-10 of six images into `folder` and make its sums the expected ones; return the archive."
-    from torchvision.datasets import CIFAR10
-    base = folder/"cifar-10-batches-py"
+def tiny_cifar(monkeypatch, folder, dataset="cifar10"):
+    "Write a CIFAR of six images into `folder` and make its sums the expected ones; return the archive."
+    from torchvision.datasets import CIFAR10, CIFAR100
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    base, train, test = folder/source.base_folder, *(("data_batch_1", "test_batch") if dataset == "cifar10" else ("train", "test"))
     base.mkdir(parents=True)
     def write(name, data):
         (base/name).write_bytes(pickle.dumps(data))
         return [name, md5((base/name).read_bytes())]
-    def rows(n, first): return {"data": torch.arange(first, first + n).to(torch.uint8)[:, None].repeat(1, 3072).numpy(), "labels": [i % 2 for i in range(n)]}
-    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", rows(4, 0))])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", rows(2, 100))])
-    meta = write("batches.meta", {"label_names": ["a", "b"]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    archive = folder/CIFAR10.filename
+    def rows(n, first):
+        labels = {"labels": [i % 2 for i in range(n)]} if dataset == "cifar10" else {"coarse_labels": [7] * n, "fine_labels": [99 * (i % 2) for i in range(n)]}
+        return {"data": torch.arange(first, first + n).to(torch.uint8)[:, None].repeat(1, 3072).numpy()} | labels
+    monkeypatch.setattr(source, "train_list", [write(train, rows(4, 0))])
+    monkeypatch.setattr(source, "test_list", [write(test, rows(2, 100))])
+    key = source.meta["key"]
+    meta = write(source.meta["filename"], {key: ["a", "b"] if dataset == "cifar10" else [f"fine {i}" for i in range(100)], "coarse_label_names": ["coarse"] * 20})
+    monkeypatch.setattr(source, "meta", {"filename": meta[0], "key": key, "md5": meta[1]})
+    archive = folder/source.filename
     with tarfile.open(archive, "w:gz") as tar: tar.add(base, base.name)
-    monkeypatch.setitem(dlsm.data.ARCHIVE_MD5, "cifar10", md5(archive.read_bytes()))
+    monkeypatch.setitem(dlsm.data.ARCHIVE_MD5, dataset, md5(archive.read_bytes()))
     return archive
 
 
@@ -76,6 +83,16 @@ def test_cifar_from_the_archive_and_from_the_environment(monkeypatch, tmp_path):
     assert found.x[:, 0, 0, 0].tolist() == [0, 1, 2, 3] and found.y.tolist() == [0, 1, 0, 1] and found.x_test.shape == (2, 3, 32, 32)
     monkeypatch.setenv("DLSM_DATA", str(tmp_path/"b"))
     assert torch.equal(image_data("cifar10").x, found.x)
+
+
+def test_cifar100_has_its_fine_labels(monkeypatch, tmp_path):
+    archive = tiny_cifar(monkeypatch, tmp_path/"a", "cifar100")
+    (tmp_path/"b").mkdir()
+    shutil.copy(archive, tmp_path/"b")
+    for folder in "ab":
+        found = image_data("cifar100", tmp_path/folder)
+        assert found.y.tolist() == [0, 99, 0, 99] and found.y_test.tolist() == [0, 99] and found.x_test[:, 0, 0, 0].tolist() == [100, 101]
+        assert len(found.classes) == 100 and found.classes[99] == "fine 99"
 
 
 def test_unpacking_that_was_cut_off_is_done_again(monkeypatch, tmp_path):
@@ -123,6 +140,26 @@ def test_mirrors_are_tried_in_turn(monkeypatch, tmp_path, capsys):
     assert len(image_data("cifar10").x) == 4 and "downloading" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("reply", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\nhalf", b""],
+                         ids=["another protocol", "cut off in a chunk", "nothing"])
+def test_a_server_that_does_not_speak_http_is_passed_over(monkeypatch, tmp_path, capsys, reply):
+    archive = tiny_cifar(monkeypatch, tmp_path/"server")
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    monkeypatch.delenv("DLSM_DATA", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer():
+            with server.accept()[0] as client:
+                client.recv(1 << 16)
+                client.sendall(reply)
+        thread = Thread(target=answer)
+        thread.start()
+        monkeypatch.setitem(dlsm.data.MIRRORS, "cifar10", (f"http://127.0.0.1:{server.getsockname()[1]}/{archive.name}", archive.as_uri()))
+        assert len(image_data("cifar10").x) == 4
+        thread.join()
+    told = capsys.readouterr().out
+    assert told.count("downloading") == 2 and re.search(r"^  127\.0\.0\.1:\d+: .", told, flags=re.MULTILINE)
+
+
 def test_a_crawling_server_is_given_up(monkeypatch, tmp_path):
     archive, now = tiny_cifar(monkeypatch, tmp_path), iter(range(0, 10_000, 60))
     monkeypatch.setattr(dlsm.data.time, "monotonic", lambda: float(next(now)))
@@ -144,6 +181,13 @@ def test_an_unreadable_folder_is_one_line(monkeypatch, tmp_path):
     def refused(*args, **kwargs): raise PermissionError(13, "Permission denied", "data_batch_1")
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", refused)
     with pytest.raises(ParameterError, match="cannot be read or written .Permission denied"): image_data("cifar10", tmp_path)
+
+
+def test_a_folder_below_a_forbidden_one_is_one_line(monkeypatch, tmp_path):
+    def refused(path): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "is_dir", refused)  # as Path.stat does, for all but the superuser
+    with pytest.raises(ParameterError, match="cannot be read or written .Permission denied") as error: image_data("cifar10", tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # ---- batches

@@ -153,6 +153,27 @@ def test_only_finished_runs_are_kept(trained, clean):
     assert not (clean/"weights").exists()
 
 
+def test_a_run_goes_on_elsewhere_from_what_was_finished(trained, tmp_path, monkeypatch, capsys):
+    "The score model is kept, a classifier trained beside it in another place and kept too: a third place finds both."
+    first, second, third = (tmp_path/name for name in ("first", "second", "third"))
+    shutil.copytree(trained[0]/"runs"/"digits"/"smoke"/"score-0", first/"runs"/"digits"/"smoke"/"score-0")
+    monkeypatch.setenv("DLSM_ROOT", str(first))
+    monkeypatch.setitem(IMAGES["digits"], "smoke", SMOKE)
+    refused(FileNotFoundError, "classifier-ce-0 .* only a finished run", keep_weights, SMOKE)
+    main(["keep", "digits", "smoke", "--device", "cpu", "--partial"])
+    shutil.copytree(first/"weights", second/"weights")
+    monkeypatch.setenv("DLSM_ROOT", str(second))
+    score = load_score(SMOKE)
+    for _ in fit_classifier(SMOKE, image_data("digits"), "total", score): pass
+    assert list(keep_weights(SMOKE, partial=True)) == ["digits/smoke/classifier-total-0.safetensors"]
+    shutil.copytree(second/"weights", third/"weights")
+    monkeypatch.setenv("DLSM_ROOT", str(third))
+    assert fingerprint(load_score(SMOKE)) == fingerprint(score)
+    load_classifier(SMOKE, "total", load_score(SMOKE))
+    refused(FileNotFoundError, "score-0 .* only a finished training can be kept", lambda: keep_weights(SMOKE, partial=True))
+    capsys.readouterr()
+
+
 def test_kept_weights_are_not_kept_again(clean):
     "Rounded weights would pass for those of a training."
     refused(FileNotFoundError, "score-0 of digits, preset smoke, has not been trained: only", keep_weights, SMOKE)

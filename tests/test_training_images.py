@@ -18,7 +18,7 @@ from torch import nn
 
 from dlsm import monitor
 from dlsm.checkpoints import fingerprint
-from dlsm.data import image_data
+from dlsm.data import Images, image_data
 from dlsm.guidance import likelihood_score
 from dlsm.image_presets import IMAGES
 from dlsm.images import LOSSES, batches, classifier_loss, classifier_net, crossing, score_loss, score_net
@@ -26,7 +26,7 @@ from dlsm.monitor import estimate, read_log
 from dlsm.networks import seeded
 from dlsm.parallel import gradients
 from dlsm.precond import EDMPrecond
-from dlsm.stages import estimate_classifier, fit_classifier, fit_score, load_classifier, load_score, train
+from dlsm.stages import estimate_classifier, fit_classifier, fit_score, load_classifier, load_score, score_config, train
 from dlsm.training import fit, step_generator
 
 CIFAR = Path(os.environ.get("DLSM_DATA", "data"))/"cifar-10-batches-py"
@@ -166,7 +166,21 @@ def test_minutes_stop_with_a_checkpoint_and_the_log_goes_on(runs, digits):
     assert [state.step for state in fit_score(preset, digits)] == list(range(2, 10))
     assert [line["step"] for line in read_log(runs/"tiny"/"score-0")] == list(range(1, 10))
     assert len(list(fit_score(preset, digits))) == 1 and len(list(fit_score(preset, digits, resume=False))) == 9
-    assert (runs/"tiny"/"score-0"/"tensorboard").is_dir()
+
+
+def test_tensorboard_reads_the_same_numbers(runs, digits):
+    "Of a training that was resumed, too: each step once."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    preset = changed(TINY, "score", steps=9)
+    for _ in fit_score(preset, digits, minutes=1e-9): pass
+    finish(fit_score(preset, digits))
+    log, board = read_log(runs/"tiny"/"score-0"), EventAccumulator(str(runs/"tiny"/"score-0"/"tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == set(log[0]) - {"step"}
+    for name in board.Tags()["scalars"]:
+        shown = board.Scalars(name)
+        assert [event.step for event in shown] == [line["step"] for line in log] == list(range(1, 10))
+        assert [event.value for event in shown] == pytest.approx([line[name] for line in log], rel=1e-6)
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(runs, digits):
@@ -243,6 +257,46 @@ def test_stage_2_is_estimated_before_stage_1(runs, digits, monkeypatch, capsys):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_refused_takes_nothing_away(runs, digits, monkeypatch):
+    "Too little memory for a training that shall begin anew: the old one stays."
+    preset = changed(TINY, "score", steps=3)
+    finish(fit_score(preset, digits))
+    before = final_weights(runs/"tiny"/"score-0")
+    monkeypatch.setattr("dlsm.monitor.free_memory", lambda device: 1e5)
+    with pytest.raises(MemoryError, match="too little memory for stage 1"): finish(fit_score(preset, digits, resume=False))
+    assert final_weights(runs/"tiny"/"score-0") == before
+
+
+def test_bf16_is_another_training_and_batch_norm_tells_its_pieces(runs, digits, capsys):
+    assert score_config(TINY) == score_config(dataclasses.replace(TINY, compiled=True)) != score_config(dataclasses.replace(TINY, bf16=True))
+    told = "batch normalisation sees 4 images at a time, not 6"
+    for norm in ("batch", "group"):
+        preset = changed(TINY, "classifier", norm=norm, steps=1)
+        finish(fit_classifier(dataclasses.replace(preset, name=f"tiny-{norm}"), digits, "ce", None, micro=4))
+        assert (told in capsys.readouterr().out) == (norm == "batch")
+    finish(fit_classifier(dataclasses.replace(changed(TINY, "classifier", norm="batch", steps=1), name="whole"), digits, "ce", None))
+    assert "batch normalisation" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_demo_goes_on_elsewhere_with_less_than_60_mb(dataset):
+    "The newest checkpoint of a training (weights, average, two moments of Adam) and what `keep --partial` wrote of the score model."
+    preset = IMAGES[dataset]["demo"]
+    score, classifier = (sum(p.numel() for p in net(preset).parameters()) for net in (score_net, classifier_net))
+    assert 16 * score < 60e6 and 16 * classifier + 2 * score < 60e6 and 2 * (score + 3 * classifier) < 60e6
+
+
+def test_both_stages_on_as_many_classes_as_cifar100_has(runs):
+    "On images of noise: the networks of preset smoke, and labels up to 99."
+    x, y = torch.randint(256, (120, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.arange(120) % 100
+    images, preset = Images(x, y, x, y, tuple(map(str, range(100)))), IMAGES["cifar100"]["smoke"]
+    preset = dataclasses.replace(preset, score=dataclasses.replace(preset.score, steps=2), classifier=dataclasses.replace(preset.classifier, steps=2))
+    assert finish(fit_score(preset, images)).loss.isfinite()
+    score = load_score(preset)
+    for loss in LOSSES: assert finish(fit_classifier(preset, images, loss, score)).loss.isfinite()
+    assert load_classifier(preset, "total", score)(torch.rand(2, 3, 32, 32), torch.ones(2)).shape == (2, 100)
+
+
 def test_an_allocation_that_fails_on_a_cpu_is_one_line(digits):
     "PyTorch has no error of its own for it there."
     net, batch = classifier_net(TINY), batches(digits, TINY, TINY.classifier, 0)(0, step_generator(0, 0))
@@ -290,6 +344,24 @@ def test_images_of_another_size_are_refused(runs, digits):
 def test_wrong_names_are_one_line(arguments, told):
     with pytest.raises(ValueError, match=told) as error: train(*arguments)
     assert "\n" not in str(error.value)
+
+
+LAUNCHERS = {"accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+             "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}  # which `accelerate launch` starts on several GPUs
+
+
+@pytest.mark.project
+def test_launchers(root, tmp_path):
+    "On one process and on two (for which Accelerate, without GPUs, has no launcher of its own): the same curve."
+    logs = {}
+    for name, launcher in LAUNCHERS.items():
+        environment = os.environ | {"DLSM_ROOT": str(tmp_path/name), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        (tmp_path/name).mkdir()
+        done = subprocess.run([sys.executable, "-m", *launcher, "-m", "dlsm.training", "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "score: 40 of 40 steps" in done.stdout, done.stderr
+        assert ("steps of 64 on 2 processes" in done.stdout) == (name == "torchrun")
+        logs[name] = read_log(tmp_path/name/"runs"/"digits"/"smoke"/"score-0")
+    for a, b in zip(*logs.values(), strict=True): assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
 
 
 def test_command_line(root, tmp_path):
