@@ -6,6 +6,7 @@ from parity import PARITY, bar_in_float32, case, fill, published_names, relative
 from torch import nn
 
 from dlsm.dsm import dsm_loss
+from dlsm.float32 import full_float32
 from dlsm.guidance import likelihood_score
 from dlsm.ncsnpp import NCSNpp, PyramidDown, Resample
 from dlsm.networks import MLPClassifier, MLPScore
@@ -284,6 +285,17 @@ def test_classifier_sees_a_unit_input():
 
 
 # ---- on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PARITY)
+def test_published_outputs_on_a_gpu(name):
+    "In float64 to the bar; in float32, whose rounding depends on the card's kernels, to four times that."
+    net, (x, sigma, out) = fill(PARITY[name][0]()).cuda(), case(name)
+    with torch.no_grad(), full_float32(): found = net(x.cuda(), sigma.cuda()).cpu()
+    assert relative_error(found, out) < 4 * PARITY[name][-1]
+    with torch.no_grad(): exact = net.double()(x.double().cuda(), sigma.double().cuda()).cpu()
+    assert relative_error(exact, out) < PARITY[name][-1]
+
 
 @pytest.mark.gpu
 def test_compiled_nets_give_the_same_on_a_gpu():
