@@ -183,4 +183,4 @@ def control_line(
     "Say how many false numbers would be noticed."
     of = sum(judged["set to 0"].values())
     shares = [f"{number[DIFFERENT] / max(of, 1):.0%} if each were {way}" for way, number in judged.items()]
-    return f"Control: of {of:,} numbers with a fraction that are compared, the tolerances would call different {', '.join(shares)}. The others are shown and hardly judged."
+    return f"Control: of {of:,} numbers with a fraction that are compared, the tolerances would call different {', '.join(shares)}. The others would pass, or are not judged."
