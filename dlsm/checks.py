@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE1_CLAIMS', 'FIG5_CLAIMS', 'SAMPLER', 'PROPOSITION', 'LOSS_NAMES', 'SIGN', 'table1_of', 'fig5_of',
            'each_training', 'check_table1', 'check_fig1', 'check_fig2', 'check_fig5', 'check_printed', 'claim_text',
-           'check_table2', 'check_fig3', 'diversity_of', 'check_fig4']
+           'too_far', 'check_table2', 'check_fig3', 'diversity_of', 'check_fig4']
 
 # %% ../nbs/17j_checks.ipynb #17j00003
 import re
@@ -16,7 +16,7 @@ import numpy as np
 from .intervals import outcome
 from .plots import METHOD_NAMES
 from .runs import paper
-from .verdicts import NOT_TESTABLE, Claim, number
+from .verdicts import NOT_MEASURED, NOT_TESTABLE, Claim, number
 
 # %% ../nbs/17j_checks.ipynb #17j00005
 def table1_of(
@@ -139,7 +139,7 @@ def check_fig5(result, beside, form="paper"):
     numbers = [number(f"{name}, {LOSS_NAMES[loss]}", p, ours[what][loss], tolerance, what == "d_l" and loss != "ce", [t[what].get(loss) for t in each])
                for what, name, tolerance in (("d_l", "D_L", 0.25), ("ce", "cross-entropy", 0.5)) for loss, p in printed[what].items()]
     ratio = FIG5_CLAIMS[1]
-    numbers.append(number(ratio.measure, ratio.size(printed), ratio.size(ours), 0.25, each=map(ratio.size, each)))
+    numbers.append(number(ratio.measure, ratio.size(printed), ratio.size(ours), 0.25, each=map(ratio.size, each), more_is_fine=True))
     return numbers, [c.check(ours, printed, each) for c in FIG5_CLAIMS]
 
 # %% ../nbs/17j_checks.ipynb #17j0000e
@@ -160,9 +160,18 @@ def claim_text(
     return text.replace("FID", "Fréchet distance") if claim["row"] == "frechet_distance" else text
 
 
-def _as_testable(claims, beside): # claims on the images of Table 2, not testable where some claim of that table is not
-    table = beside("table2")
-    lost = table and any(c["outcome"] == NOT_TESTABLE for c in table["values"].get("claims", ()))
+def too_far(
+    result:dict|None, # figures/…/table2.json
+)->str: # sentences; empty: the images are near enough to the data, or there is no such result
+    "Say that images can test nothing, as `07_evaluation` found. An older result does not say so: its images are taken as too far if they could test no claim at all."
+    if not result: return ""
+    if "too_far" in result["values"]: return result["values"]["too_far"] or ""
+    became = {c["outcome"] for c in result["values"].get("claims", ()) if c.get("of_paper", True)} - {NOT_MEASURED}
+    return f"**These images are not recognisable** (Fig. 3). Nothing about {result['dataset']} follows from this run." if became == {NOT_TESTABLE} else ""
+
+
+def _as_testable(claims, beside): # claims on the images of Table 2, not testable where these are too far from the data
+    lost = too_far(beside("table2"))
     return [c | {"outcome": NOT_TESTABLE} if lost else c for c in claims]
 
 

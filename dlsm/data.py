@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .files import atomic_path
+from .presets import line_of
 from .runs import ParameterError, find_root, progress
 from .training import step_generator
 
@@ -106,7 +107,7 @@ def download(
     for url in MIRRORS[dataset]:
         print(f"downloading {url}", flush=True)
         try: _fetch(url, path, ARCHIVE_MD5[dataset])
-        except (OSError, HTTPException) as e: failed.append(f"{url.split('/')[2]}: {e or type(e).__name__}")  # the second: no HTTP, or cut off
+        except (OSError, HTTPException) as e: failed.append(f"{url.split('/')[2]}: {line_of(e)}")  # the second: no HTTP, or cut off
         else: return path
         print(f"  {failed[-1]}", flush=True)
     raise ParameterError(f"no mirror gave {path.name} ({'; '.join(failed)}): put that file, MD5 {ARCHIVE_MD5[dataset]}, into {folder} and run again")

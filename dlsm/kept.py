@@ -85,7 +85,6 @@ def load_kept(
     try:
         with safe_open(path, "pt") as file: about = json.loads(file.metadata()["about"])
     except (SafetensorError, TypeError, KeyError) as e: raise ValueError(f"{shown} holds no kept weights ({e}); get it back with `git checkout -- weights`") from None
-    if about["config"].get("score") != config.get("score"):  # which may have been trained beside the score model as it was before rounding
-        config = config | {"score": original(config.get("score"))}
-    if differs := differences(about["config"], json.loads(json.dumps(config))): return None, f"{shown} is of another configuration: {differs}"
+    def unrounded(config): return config | ({"score": original(config["score"])} if "score" in config else {})  # it may have been trained beside either
+    if differs := differences(unrounded(about["config"]), unrounded(json.loads(json.dumps(config)))): return None, f"{shown} is of another configuration: {differs}"
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(path).items()}, f"{shown} (SHA-256 {entry['sha256'][:16]}…, rounded to half precision)"

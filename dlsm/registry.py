@@ -138,6 +138,20 @@ def _keep(
     return write_kept(key, tensors, config, facts)
 
 
+def _trained(
+    preset:ImagePreset, # of a run
+    name:str, # of a training's folder
+    seed:int, # of its trainings
+)->tuple[nn.Module, nn.Module, dict]: # the network as trained, a new one, what identifies the training
+    "Load a network that was trained here; kept weights are none. Raises `FileNotFoundError` if it is missing or unfinished."
+    if not finished_steps(run_dir(preset.dataset, preset.name, name, make=False)):
+        raise FileNotFoundError(f"{name} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished run can be kept")
+    kind, *loss, _ = name.split("-")
+    if kind == "score": return load_score(preset, seed), score_net(preset), score_config(preset, seed)
+    score = None if loss == ["ce"] else load_score(preset, seed)
+    return load_classifier(preset, *loss, score, seed), classifier_net(preset), classifier_config(preset, *loss, score, seed)
+
+
 def keep_weights(
     preset:ImagePreset, # of a finished run
     seed:int=0, # of its trainings
@@ -145,19 +159,14 @@ def keep_weights(
     partial:bool=False, # keep those of its trainings that are finished; False: all four
 )->dict[str, dict]: # the new lines of the index, by path below weights/
     "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished, with `partial` if all are."
-    steps = {f"score-{seed}": preset.score.steps} | {f"classifier-{loss}-{seed}": preset.classifier.steps for loss in LOSSES}
-    there = {name: finished_steps(run_dir(preset.dataset, preset.name, name, make=False)) for name in steps}
-    names = [name for name in steps if not partial or there[name] and there[name][-1].name == f"step-{steps[name]:08d}"]
-    if missing := next((name for name in names or steps if not there[name]), None):
-        raise FileNotFoundError(f"{missing} of {preset.dataset}, preset {preset.name}, has not been trained: only a finished {'training' if partial else 'run'} can be kept")
-    if not names: raise FileNotFoundError(f"no training of {preset.dataset}, preset {preset.name}, is finished: there is nothing to keep")
-    score, where, found = load_score(preset, seed), pick_device(device), {}
+    names, found = [f"score-{seed}", *(f"classifier-{loss}-{seed}" for loss in LOSSES)], {}
     for name in names:  # all are looked at before one is written
-        loss = name.split("-")[1]
-        if name.startswith("score"): found[name] = score, score_net(preset), score_config(preset, seed)
-        else: found[name] = load_classifier(preset, loss, score, seed), classifier_net(preset), classifier_config(preset, loss, score, seed)
-    keys = {name: f"{preset.dataset}/{preset.name}/{name}" for name in found}
-    return {f"{keys[name]}.safetensors": _keep(net, fresh, keys[name], preset, config, where) for name, (net, fresh, config) in found.items()}
+        try: found[f"{preset.dataset}/{preset.name}/{name}"] = _trained(preset, name, seed)
+        except FileNotFoundError:
+            if not partial: raise
+    if not found: raise FileNotFoundError(f"no training of {preset.dataset}, preset {preset.name}, is finished: there is nothing to keep")
+    where = pick_device(device)
+    return {f"{key}.safetensors": _keep(net, fresh, key, preset, config, where) for key, (net, fresh, config) in found.items()}
 
 # %% ../nbs/18a_registry.ipynb #4a2348df
 def main(

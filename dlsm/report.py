@@ -10,9 +10,9 @@ __all__ = ['ITEMS', 'MISSING', 'WRITES', 'Item', 'extent', 'trained_for', 'made_
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .checks import check_fig1, check_fig2, check_fig3, check_fig4, check_fig5, check_printed, check_table1, check_table2, diversity_of
+from .checks import check_fig1, check_fig2, check_fig3, check_fig4, check_fig5, check_printed, check_table1, check_table2, diversity_of, too_far
 from .runs import find_root
-from .verdicts import NOT_MADE, STAND_IN, markdown_table, preset_of, show, tally, verdict
+from .verdicts import NOT_MADE, NOT_MEASURED, STAND_IN, markdown_table, preset_of, show, tally, verdict
 
 # %% ../nbs/17d_report.ipynb #bc2e4aba
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def _row(item, result, results):
         wanted = (id, result["dataset"], preset_of(result))  # by name: each notebook has settings of its own
         return next((r for r in results if (r["id"], r["dataset"], preset_of(r)) == wanted), None)
     numbers, claims = item.check(result, beside)
-    found, why = verdict(numbers, claims)
+    found, why = verdict(numbers, claims, bool(too_far(result if item.id == "table2" else beside("table2"))))
     if result["dataset"] != item.dataset:
-        tried = [c["outcome"] for c in claims if c["outcome"] != "not measured" and c["judged"]]
-        numbers, found, why = [], STAND_IN, tally(tried) if tried else "a picture"
+        tried = [c["outcome"] for c in claims if c["outcome"] != NOT_MEASURED and c["judged"]]
+        numbers, found, why = [], STAND_IN, tally(tried) if tried else "no claim was tested"
     judged = [n for n in numbers if n["ok"] is not None]
     worst = max(judged, key=lambda n: abs(n["deviation"]), default=None)
     picture = next((p for s in (".png", ".md") if (p := (find_root()/result["path"]).with_suffix(s)).exists()), None)

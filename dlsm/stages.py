@@ -49,7 +49,7 @@ def score_config(
     seed:int=0, # of weights and batches
 )->dict: # of plain values
     "Identify a training of stage 1: two with the same configuration give the same weights on the same device."
-    return _config(preset, preset.score, stage="score", seed=seed, **{"bf16": True} if preset.bf16 else {})  # its rounding is another training
+    return _config(preset, preset.score, stage="score", seed=seed)
 
 
 def classifier_config(

@@ -66,11 +66,14 @@ def _resume(
     folder:Path, # of checkpoints
     config:dict, # identifies the run
     settings:dict, # of `_settings`
+    steps:int, # in all
 )->bool: # whether there is a checkpoint
     "Put the newest checkpoint into the model, its average and the optimiser, if it is of this training."
     saved = load_checkpoint(folder, config, next(state.model.parameters()).device)
     if not saved: return False
-    if differs := differences(saved["state"].get("settings", settings), settings):
+    before = saved["state"].get("settings", {})
+    asked = {k: v for k, v in settings.items() if k in before and not (k == "bf16" and saved["step"] == steps)}  # one that is finished may be read anywhere
+    if differs := differences({k: before[k] for k in asked}, asked):
         raise ValueError(f"the checkpoint {saved['path'].name} in {folder} is of another training: {differs}; remove that folder or use another")
     there, here = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (saved["weights"]["model"], state.model.state_dict()))
     if names := sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name)):
@@ -151,8 +154,8 @@ def fit(
     device = next(model.parameters()).device
     rank, processes = team(device) if draw else (0, 1)
     state = State(0, model, copy.deepcopy(model).requires_grad_(False).eval() if ema else model)
-    settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip)
-    resumed = bool(folder) and _resume(state, optimizer, Path(folder), config or {}, settings)
+    settings = _settings(optimizer, seed=seed, steps=None if decay == "constant" else steps, warmup=warmup, decay=decay, ema=ema, clip=clip, bf16=bf16)
+    resumed = bool(folder) and _resume(state, optimizer, Path(folder), config or {}, settings, steps)
     check_same(state.step, f"checkpoints in {folder}, of the steps", rank, processes, device)
     if state.step > steps:
         raise ValueError(f"{folder} holds this training at step {state.step:,}, past the {steps:,} asked for: ask for at least {state.step:,} steps, or use another folder")

@@ -16,7 +16,8 @@ WRONG = [  # injected parameters, a change of the world, the line
     ({"preset": "paper"}, "", "preset = 'paper' is not allowed (preset must be 'smoke' or 'demo')"),
     ({"dataset": "cifar100", "preset": "big"}, "", "preset = 'big' is not allowed (preset must be 'smoke' or 'cpu' or 'demo' or 'paper')"),
     ({"seed": -1}, "", "seed = -1 is not allowed"),
-    ({"stages": "3"}, "", "stages = '3' is not allowed (stages must be '1' or '2' or '1,2' or 'none')"),
+    ({"minutes": 5., "resume": False}, "", "minutes needs resume = True"),
+    ({"stages": "3"}, "", "stages = '3' is not allowed (stages must be '1' or '2' or '1,2' or 'rest' or 'none')"),
     ({"device": "cuda:99"}, "", "device = 'cuda:99' is not on this machine"),
     ({"datasett": "digits"}, "", "unknown parameter datasett; did you mean dataset?"),
     ({"dataset": "cifar10", "data_dir": "nowhere"}, "", "data_dir = 'nowhere' is not a folder"),
@@ -129,3 +130,21 @@ def test_kept_weights_are_measured_without_a_training(root, tmp_path, monkeypatc
     equal = [text for text in result["values"]["claims"] if "Total" in text and "CE" in text]  # the same weights: nothing holds, either way
     assert len(equal) == 4 and all(set(result["values"]["claim_intervals"][text].values()) == {0.} and result["values"]["claims"][text] == "undecided" for text in equal)
     assert not list(tmp_path.glob("runs/**/step-*"))
+
+
+def test_the_rest_is_trained_where_some_weights_are_kept(root, tmp_path, monkeypatch, untrained):
+    "As on a second machine: the score model and one classifier are not trained again."
+    import papermill
+
+    from dlsm.image_presets import IMAGES
+    from dlsm.registry import keep_weights
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    untrained()
+    for loss in ("dlsm_prime", "total"): shutil.rmtree(tmp_path/f"runs/digits/smoke/classifier-{loss}-0")
+    keep_weights(IMAGES["digits"]["smoke"], partial=True)
+    shutil.rmtree(tmp_path/"runs")
+    papermill.execute_notebook(root/"nbs/05_cifar.ipynb", tmp_path/"out.ipynb", {"stages": "rest", "device": "cpu"}, kernel_name="python3",
+                               progress_bar=False, cwd=tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("runs/digits/smoke/*/step-*")} == {"classifier-dlsm_prime-0", "classifier-total-0"}
+    result = json.loads((tmp_path/"runs/smoke/figures/digits/fig6.json").read_text(encoding="utf-8"))
+    assert {Path(name).stem for name in result["inputs"]} == {"score-0", "classifier-ce-0"} and {"dlsm_prime", "total"} <= set(result["values"]["trainings"])

@@ -140,7 +140,8 @@ def test_other_configurations_are_passed_over_with_the_reason(clean):
     load_classifier(SMOKE, "ce", stranger)  # cross-entropy needs no score model
 
 
-def test_only_finished_runs_are_kept(trained, clean):
+def test_only_finished_runs_are_kept(trained, clean, monkeypatch):
+    monkeypatch.setitem(IMAGES["digits"], "smoke", SMOKE)
     shutil.rmtree(clean/"weights")
     shutil.copytree(trained[0]/"runs", clean/"runs")
     last = clean/"runs"/"digits"/"smoke"/"classifier-total-0"/f"step-{SMOKE.classifier.steps:08d}"
@@ -153,8 +154,8 @@ def test_only_finished_runs_are_kept(trained, clean):
     assert not (clean/"weights").exists()
 
 
-def test_a_run_goes_on_elsewhere_from_what_was_finished(trained, tmp_path, monkeypatch, capsys):
-    "The score model is kept, a classifier trained beside it in another place and kept too: a third place finds both."
+def test_a_run_goes_on_elsewhere_from_what_was_finished(trained, tmp_path, monkeypatch):
+    "The score model is kept, a classifier trained beside it in another place and kept too: a third place, and the first, find both."
     first, second, third = (tmp_path/name for name in ("first", "second", "third"))
     shutil.copytree(trained[0]/"runs"/"digits"/"smoke"/"score-0", first/"runs"/"digits"/"smoke"/"score-0")
     monkeypatch.setenv("DLSM_ROOT", str(first))
@@ -170,8 +171,24 @@ def test_a_run_goes_on_elsewhere_from_what_was_finished(trained, tmp_path, monke
     monkeypatch.setenv("DLSM_ROOT", str(third))
     assert fingerprint(load_score(SMOKE)) == fingerprint(score)
     load_classifier(SMOKE, "total", load_score(SMOKE))
-    refused(FileNotFoundError, "score-0 .* only a finished training can be kept", lambda: keep_weights(SMOKE, partial=True))
-    capsys.readouterr()
+    refused(FileNotFoundError, "no training of digits, preset smoke, is finished", lambda: keep_weights(SMOKE, partial=True))
+    shutil.copytree(second/"weights", first/"weights", dirs_exist_ok=True)
+    monkeypatch.setenv("DLSM_ROOT", str(first))
+    assert fingerprint(load_score(SMOKE)) != fingerprint(score)  # as trained
+    load_classifier(SMOKE, "total", load_score(SMOKE))
+
+
+def test_what_is_finished_is_kept_whatever_the_others_are(trained, clean):
+    shutil.rmtree(clean/"weights")
+    shutil.copytree(trained[0]/"runs", clean/"runs")
+    newest = clean/"runs"/"digits"/"smoke"/f"classifier-dlsm_prime-0/step-{SMOKE.classifier.steps:08d}"
+    (newest/"state.pt").write_bytes(b"damaged")
+    shutil.rmtree(clean/"runs"/"digits"/"smoke"/"classifier-total-0")
+    with pytest.warns(UserWarning, match="is damaged"): kept = keep_weights(SMOKE, partial=True)
+    assert list(kept) == [f"digits/smoke/{name}.safetensors" for name in ("score-0", "classifier-ce-0")]
+    shutil.rmtree(clean/"runs"/"digits"/"smoke"/"score-0")
+    shutil.rmtree(clean/"weights")
+    assert list(keep_weights(SMOKE, partial=True)) == ["digits/smoke/classifier-ce-0.safetensors"]  # cross-entropy needs no score model
 
 
 def test_kept_weights_are_not_kept_again(clean):

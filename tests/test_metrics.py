@@ -359,4 +359,7 @@ def test_claims_that_these_images_cannot_test():
         assert (word in why if word else not why), (claim, why)
         told = check_claim(claim, small | {"low": 0.001} | ({"high": -0.001, "low": -0.01} if claim.sign < 0 else {}), open_end=claim is FAIR, untestable=why)
         assert told["outcome"] == (NOT_TESTABLE if word else OPEN if claim is FAIR else "holds") and (not word or told["why"] == why)
+    wide = {"value": -0.2, "low": -0.9, "high": 0.5}  # two trainings: undecided, but by no floor
+    assert not not_testable(lower, wide, {"base": 0.6, "scaling": 0.4}, 0.5, 0.9) and not not_testable(higher, wide, {"base": 0.7, "dlsm": 0.5}, 0.5, 0.9)
+    assert not not_testable(lower, {"value": 0.3, "low": 0.28, "high": 0.32}, {"base": 0.005, "scaling": 0.31}, 0.5, 0.9)  # that is seen
     assert check_claim(higher, None, untestable="far")["outcome"] == "not measured" and not not_testable(higher, None, {}, 0.5, 0.9)

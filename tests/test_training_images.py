@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dlsm import monitor
-from dlsm.checkpoints import fingerprint
+from dlsm.checkpoints import fingerprint, save_checkpoint
 from dlsm.data import Images, image_data
 from dlsm.guidance import likelihood_score
 from dlsm.image_presets import IMAGES
@@ -26,7 +27,7 @@ from dlsm.monitor import estimate, read_log
 from dlsm.networks import seeded
 from dlsm.parallel import gradients
 from dlsm.precond import EDMPrecond
-from dlsm.stages import estimate_classifier, fit_classifier, fit_score, load_classifier, load_score, score_config, train
+from dlsm.stages import estimate_classifier, fit_classifier, fit_score, load_classifier, load_score, train
 from dlsm.training import fit, step_generator
 
 CIFAR = Path(os.environ.get("DLSM_DATA", "data"))/"cifar-10-batches-py"
@@ -173,6 +174,7 @@ def test_tensorboard_reads_the_same_numbers(runs, digits):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     preset = changed(TINY, "score", steps=9)
     for _ in fit_score(preset, digits, minutes=1e-9): pass
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names
     finish(fit_score(preset, digits))
     log, board = read_log(runs/"tiny"/"score-0"), EventAccumulator(str(runs/"tiny"/"score-0"/"tensorboard"))
     board.Reload()
@@ -267,8 +269,24 @@ def test_what_is_refused_takes_nothing_away(runs, digits, monkeypatch):
     assert final_weights(runs/"tiny"/"score-0") == before
 
 
-def test_bf16_is_another_training_and_batch_norm_tells_its_pieces(runs, digits, capsys):
-    assert score_config(TINY) == score_config(dataclasses.replace(TINY, compiled=True)) != score_config(dataclasses.replace(TINY, bf16=True))
+def test_bf16_is_another_training(tmp_path):
+    "It is not gone on with in float32, nor the other way round; what is finished is read anywhere, and so are checkpoints that do not tell."
+    def draw(step, generator): return {"x": torch.randn(8, 3, generator=generator)}
+    def run(steps, **more):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        return finish(fit(model, lambda net, x: net(x)[:, 0]**2, steps, torch.optim.Adam(model.parameters()), 0, tmp_path, {"a": 1}, draw=draw, **more)).step
+    assert run(2) == 2 == run(2, bf16=True)
+    with pytest.raises(ValueError, match="bf16=False there and True here"): run(4, bf16=True)
+    assert run(4) == 4
+    path = max(tmp_path.glob("step-*"))
+    state = torch.load(path/"state.pt", weights_only=True)
+    del state["settings"]["bf16"]
+    save_checkpoint(tmp_path, 4, {"model": load_file(path/"model.safetensors")}, state, {"a": 1}, [])
+    assert run(5, bf16=True) == 5
+
+
+def test_batch_norm_tells_its_pieces(runs, digits, capsys):
     told = "batch normalisation sees 4 images at a time, not 6"
     for norm in ("batch", "group"):
         preset = changed(TINY, "classifier", norm=norm, steps=1)
