@@ -7,7 +7,7 @@ import numpy as np
 import papermill
 import pytest
 
-from dlsm.checks import FIG5_CLAIMS, TABLE1_CLAIMS
+from dlsm.checks import FIG5_CLAIMS, TABLE1_CLAIMS, too_far
 from dlsm.files import atomic_write, sha256
 from dlsm.plots import METHOD_NAMES
 from dlsm.report import ITEMS, made_on, others, rows, status_table, trained_for
@@ -76,6 +76,17 @@ def test_numbers():
     with pytest.raises(ValueError): number("a", [1., 1.], [1., 1., 1.], 0.25)
 
 
+def test_a_rule_that_counts_one_way_hides_no_deviation():
+    "The largest deviation is shown whichever way it goes; a number is off by what its rule counts."
+    better, worse = (number("a", [1., 1.], values, 0.25, less_is_fine=True) for values in ([0.4, 1.1], [0.4, 1.3]))
+    assert better["ok"] and better["deviation"] == pytest.approx(-0.6) and not worse["ok"] and verdict([worse], [])[1] == "off: a +30%"
+    larger, smaller = (number("a", 1., value, 0.25, more_is_fine=True) for value in (9., 0.7))
+    assert larger["ok"] and larger["deviation"] == pytest.approx(8.) and not smaller["ok"] and smaller["rule"] == "at least -25%"
+    result = table1()
+    result["values"]["mean_and_sd"]["paper"]["D_L"]["dlsm"][0] = [0.02, 0.02]
+    assert row("Table 1", [result])["deviation"] == f"D_L {METHOD_NAMES['dlsm']} -62%" and row("Table 1", [result])["verdict"] == "within tolerance"
+
+
 def test_verdict():
     good, bad, shown = number("a", 1., 1., 0.1), number("b", 1., 2., 0.1), number("c", 1., 9.)
     claim = Claim("more", "x", lambda t: t["x"], low=1.)
@@ -86,9 +97,14 @@ def test_verdict():
     assert claim.check({"x": 3.}, trainings=[{"x": 2.9}, {"x": 3.1}])["outcome"] == "holds"
     assert claim.check({"x": 0.1}, trainings=[{"x": 0.1}, {"x": 0.11}])["outcome"] == "does not hold"
     untestable, opened = (fails | {"outcome": told} for told in ("not testable", "open (α at the end of its range)"))
-    cases = [([good, shown], [holds], "within tolerance"), ([good, bad], [holds], "numbers off"), ([shown], [holds], "claims hold"), ([], [], "claims hold"),
-             ([good], [fails, spread], "contradicted"), ([good], [opened], "undecided"), ([good, bad], [fails, untestable], "off scale")]
-    for numbers, claims, expected in cases: assert verdict(numbers, claims)[0] == expected and expected in VERDICTS
+    cases = [([good, shown], [holds], "within tolerance"), ([good, bad], [holds], "numbers off"), ([shown], [holds], "claims hold"),
+             ([good], [fails, spread], "contradicted"), ([good], [opened], "undecided"), ([good, bad], [fails, untestable], "contradicted"),
+             ([], [], "not tested"), ([shown], [absent, untestable, holds | {"judged": False}], "not tested"), ([good], [absent], "within tolerance")]
+    for numbers, claims, expected in cases:
+        assert verdict(numbers, claims)[0] == expected and expected in VERDICTS
+        assert verdict(numbers, claims, too_far=True)[0] == "off scale"
+    assert verdict([good], [holds, absent, untestable]) == ("within tolerance", "all 1 numbers; not testable: more. not measured: more")
+    assert verdict([], [absent]) == ("not tested", "no claim was tested; not measured: more")
     assert verdict([good], [holds, untestable | {"judged": False}]) == ("within tolerance", "all 1 numbers; shown, not judged, not testable: more")
     assert verdict([good, bad], [])[1] == "off: b +100%" and "more" in verdict([good], [fails])[1]
     assert verdict([good], [fails | {"judged": False}])[0] == "within tolerance"
@@ -138,10 +154,36 @@ def test_what_the_text_says_of_pictures():
     assert [row("Fig. 3", [fig3(average)])["verdict"] for average in ("holds", "undecided", "the opposite holds")] == ["claims hold", "undecided", "contradicted"]
     assert row("Fig. 3", [fig3("holds")])["why"] == "no printed number; shown, not judged, undecided: less diverse in every class"
     assert [row("Fig. 4, CIFAR-10", [fig4(low)])["verdict"] for low in (0.6, 0.5)] == ["claims hold", "undecided"]  # three of four bars may be chance
-    table = result("table2", {"claims": [{"claim": "a", "row": "recall", "paper": 0.1, "difference": 0.1, "low": 0., "high": 0.2, "outcome": "not testable"}]})
-    of_other = table | {"preset": {"name": "demo", "k": 3}}  # the settings of each notebook are its own; its preset's name is not
-    for what, made in (("Fig. 3", fig3("holds")), ("Fig. 4, CIFAR-10", fig4(0.6))): assert row(what, [made, of_other])["verdict"] == "off scale"
-    assert row("Table 2, CIFAR-10", [table])["verdict"] == "off scale" and "not testable: a" in row("Table 2, CIFAR-10", [table])["why"]
+    nothing = [("Fig. 3", result("fig3", {"claims": {}})), ("Fig. 4, CIFAR-10", result("fig4", {"differences": {}})), ("Table 2, CIFAR-10", table2(*["not measured"] * 3))]
+    assert [row(what, [made])["verdict"] for what, made in nothing] == ["not tested"] * 3
+    (stand_in,) = [r for r in rows([nothing[0][1] | {"dataset": "digits"}]) if r["dataset"] == "digits"]
+    assert (stand_in["verdict"], stand_in["why"]) == ("stand-in", "no claim was tested")
+
+
+def table2(*outcomes, **more):
+    claims = [{"claim": f"claim {i}", "row": "recall", "paper": 0.1, "difference": 0.1, "low": 0., "high": 0.2, "of_paper": True, "outcome": told, "why": "so many"}
+              for i, told in enumerate(outcomes)]
+    return MADE | {"id": "table2", "dataset": "cifar10", "paper": None, "values": {"claims": claims} | more}
+
+
+def test_a_claim_at_its_floor_is_left_out_and_images_too_far_from_the_data_test_nothing():
+    "A single claim that cannot be tested is dropped and named; too_far, or in an older result no claim that could be tested, takes the table and both pictures."
+    def result(id, **values): return MADE | {"id": id, "dataset": "cifar10", "paper": None, "values": values}
+    fig3 = result("fig3", claims={"less diverse": {"difference": -0.1, "low": -0.2, "high": 0., "outcome": "holds"}})
+    fig4 = result("fig4", differences={"recall": {"share": {"value": 0.9, "low": 0.6, "high": 1.}}})
+    def found(table):
+        of_other = table | {"preset": {"name": "demo", "k": 3}}  # the settings of each notebook are its own; its preset's name is not
+        return [row(what, [fig3, fig4, of_other])["verdict"] for what in ("Table 2, CIFAR-10", "Fig. 3", "Fig. 4, CIFAR-10")]
+    floor = table2(*["holds"] * 13, "not testable")
+    assert found(floor) == found(table2(*["holds"] * 13, "not testable", too_far=None)) == ["claims hold"] * 3
+    assert row("Table 2, CIFAR-10", [floor])["why"] == "no printed number; not testable: claim 13"
+    assert found(table2("not testable", "the opposite holds", *["holds"] * 12)) == ["contradicted", "claims hold", "claims hold"]  # it hides nothing
+    for far in (table2("not testable", "not measured"), table2("not testable", "not testable", too_far="Too far.")): assert found(far) == ["off scale"] * 3
+    assert "not testable: claim 0" in row("Table 2, CIFAR-10", [table2("not testable")])["why"]
+    fair = table2("holds", "not testable")
+    fair["values"]["claims"][1]["of_paper"] = False
+    assert found(fair) == ["claims hold"] * 3
+    assert too_far(table2("not testable", too_far="Too far.")) == "Too far." and not too_far(fair) and "Nothing about cifar10" in too_far(table2("not testable"))
 
 
 def test_what_is_nearer_to_real_images_is_said():
@@ -160,6 +202,9 @@ def test_the_ratio_of_fig_5_is_shown_beside_the_printed_one():
     found = row("Fig. 5", [result])
     assert {c["claim"]: c["outcome"] for c in found["claims"]}[FIG5_CLAIMS[1].text] == "holds" and found["verdict"] == "numbers off"
     assert found["why"] == "off: D_L, L_CE / L_Total -29%"
+    better = fig5()
+    better["values"]["final"]["paper"]["d_l"]["total"] *= 0.6
+    assert row("Fig. 5", [better])["verdict"] == "within tolerance" and row("Fig. 5", [better])["deviation"] == "D_L, L_CE / L_Total +67%"  # a better DLSM is no fault
 
 
 def test_table_2_is_compared_where_it_can_be():
@@ -243,6 +288,7 @@ def report(root, home, tmp_path):
 def test_report_reads_its_numbers(report, home):
     "Every number of Table 1 and Fig. 5 is changed, and found in the report."
     results = [table1(), fig5(), fig1()]
+    for r in results[:2]: r["values"]["trainings"] = {"paper": {"seconds": 125., "device": "CPU"}}  # those of 04, which 08 reads
     new = iter(np.arange(0.1011, 0.9, 0.0071).round(3).tolist())
     expected = []
     def change(tree, key):
@@ -261,6 +307,7 @@ def test_report_reads_its_numbers(report, home):
     first = saved["values"]["claims"][0]
     assert first["claim"] == TABLE1_CLAIMS[0].text and first["found"]["demo, paper"]["ours"] == pytest.approx(base / 0.15)
     assert saved["inputs"] == {f"figures/moons/{r['id']}.json": sha256(home/f"figures/moons/{r['id']}.json") for r in results}
+    assert text.count("trainings 2 min 5 s") == text.count("| as Fig. 1, trainings 2 min 5 s |") == 1  # longer than the notebook took, and told once
     assert "1 min 15 s" in text and "01234567" in text and "1,234" in text
 
 
@@ -332,11 +379,20 @@ def test_what_cannot_be_tested_is_said_and_not_judged(report, home):
               for row, share in (("precision", "7%"), ("recall", "8%"))]
     table = {"images_per_class": 12, "features": "pixels", "claims": claims, "methods": ["base", "scaling", "dlsm"], "comparable": [],
              "real_images": {}, "interval": {}}
-    put(home, MADE | {"id": "table2", "dataset": "cifar10", "preset": {"name": "cpu"}, "title": "Table 2: cifar10, reduced", "paper": None, "values": table})
+    made = MADE | {"id": "table2", "dataset": "cifar10", "preset": {"name": "cpu"}, "title": "Table 2: cifar10, reduced", "paper": None, "values": table}
+    floor = [claims[0] | {"outcome": "holds", "why": "so many"}, claims[1] | {"why": "base has 0.0001, next to the floor, 0"}]
+    put(home, made, made | {"dataset": "cifar100", "preset": {"name": "demo"}, "values": table | {"claims": floor}})
     text, saved = report()
-    assert "nothing about cifar10 follows from this run" in text and "**off scale** (not testable: scaling raises precision; scaling raises recall)" in text
+    assert text.count("Nothing about cifar10 follows from this run") == 2 and "Nothing about cifar100" not in text
+    assert "- cifar100, demo, pixels, not testable: *scaling raises recall*: base has 0.0001, next to the floor, 0." in text
+    assert "on CIFAR-100 (preset demo, smaller than the paper) 1 of 2 claims of Table 2 hold" in saved["values"]["found"]
+    assert "**off scale** (not testable: scaling raises precision; scaling raises recall)" in text
     assert "*scaling raises precision; scaling raises recall*: base's images cover 7 / 8% of the real ones." in text  # the same reason once
     assert "CIFAR-10 was run at a small scale only" in saved["values"]["found"]
+    with_the_papers = made | {"preset": {"name": "paper"}, "values": table | {"claims": floor, "too_far": None}}
+    atomic_write(home/"figures/cifar10/paper/table2.json", json.dumps(with_the_papers))
+    found = report()[1]["values"]["found"]
+    assert "on CIFAR-10 1 of 2 claims of Table 2 hold" in found and "small scale" not in found
 
 
 def test_smoke_report_of_nothing(report, home):
@@ -365,6 +421,20 @@ def test_committed_report_is_of_the_committed_figures(root, monkeypatch):
     cells = json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", []))
     assert all(text in shown for text in (status_table(report["values"]["rows"]), report["values"]["finding"]["text"], report["values"]["found"]))
+
+
+def test_times_on_the_landing_page_are_of_what_ran(root, home):
+    "The longest notebook of `make reproduce` is one that it runs; CIFAR's is the sum of 05 to 07, of which a part may be training."
+    def made(id, dataset, preset, seconds, **values):
+        return MADE | {"id": id, "dataset": dataset, "preset": {"name": preset}, "wall_seconds": seconds, "values": values}
+    put(home, made("table1", "moons", "demo", 60.), made("trainings", "digits", "demo", 600.), made("fig6", "cifar100", "demo", 6_000.))
+    put(home, *(made(id, "cifar10", "cpu", seconds) for id, seconds in (("fig6", 100.), ("fig3", 20.), ("table2", 3.), ("trainings", 1_000.), ("balance", 1_000.))))
+    atomic_write(home/"figures/report.json", json.dumps({"values": {"trainings": [{"dataset": "cifar10", "preset": "cpu", "seconds": 90.}]}}))
+    cells = {c["id"]: "".join(c["source"]) for c in json.loads((root/"nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]}
+    names = {}
+    for id in ("f00d1001", "f00d1003", "f00d1005"): exec(cells[id], names)
+    assert names["said"] == ["its longest notebook, 04_moons, 1 min 0 s where the committed figures were made"]
+    assert names["told"] == ["CIFAR-10 in preset `cpu`: trainings 1 min 30 s, 05 to 07 with what was trained in the same run 2 min 3 s"]
 
 
 def test_links_of_the_readme_and_index_lead_somewhere(root):
