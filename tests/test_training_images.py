@@ -169,6 +169,15 @@ def test_minutes_stop_with_a_checkpoint_and_the_log_goes_on(runs, digits):
     assert len(list(fit_score(preset, digits))) == 1 and len(list(fit_score(preset, digits, resume=False))) == 9
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the most memory used can be reset under Linux only")
+def test_the_log_tells_the_memory_of_its_own_training(runs, digits):
+    "Not what the process used before: here 2 GB."
+    torch.ones(500_000_000).sum()
+    assert monitor.peak_memory(torch.device("cpu")) > 2e9
+    finish(fit_score(changed(TINY, "score", steps=3), digits))
+    assert all(0.05 < line["memory_gb"] < monitor.peak_memory(torch.device("cpu")) / 1e9 + 1e-3 < 2 for line in read_log(runs/"tiny"/"score-0"))
+
+
 def test_tensorboard_reads_the_same_numbers(runs, digits):
     "Of a training that was resumed, too: each step once."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
