@@ -9,7 +9,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                           'dlsm.cas.fit_cas': ('cas.html#fit_cas', 'dlsm/cas.py'),
                           'dlsm.cas.images_digest': ('cas.html#images_digest', 'dlsm/cas.py')},
             'dlsm.checkpoints': { 'dlsm.checkpoints._damage': ('checkpoints.html#_damage', 'dlsm/checkpoints.py'),
-                                  'dlsm.checkpoints._inode': ('checkpoints.html#_inode', 'dlsm/checkpoints.py'),
+                                  'dlsm.checkpoints._identity': ('checkpoints.html#_identity', 'dlsm/checkpoints.py'),
                                   'dlsm.checkpoints._meta_digest': ('checkpoints.html#_meta_digest', 'dlsm/checkpoints.py'),
                                   'dlsm.checkpoints._own_memory': ('checkpoints.html#_own_memory', 'dlsm/checkpoints.py'),
                                   'dlsm.checkpoints._place': ('checkpoints.html#_place', 'dlsm/checkpoints.py'),

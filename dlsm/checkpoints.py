@@ -143,8 +143,9 @@ def differences(
     return ", ".join(f"{k}={old.get(k)!r} there and {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
 
 
-def _inode(path:Path)->int|None: # None: there is nothing
-    try: return path.stat().st_ino
+def _identity(path:Path)->tuple|None: # None: there is nothing
+    "Tell a folder from another of the same name, which may have been given the same number by the disk."
+    try: return (found := path.stat()).st_ino, found.st_mtime_ns
     except FileNotFoundError: return None
 
 
@@ -157,7 +158,7 @@ def _read(
     meta = json.loads((path / "meta.json").read_text())
     if differs := differences(meta["config"], json.loads(json.dumps(config))):
         raise ValueError(f"the checkpoint {path.name} in {path.parent} is of another configuration: {differs}; remove that folder or use another")
-    weights = {p.stem: load_file(p, device=str(device)) for p in sorted(path.glob("*.safetensors"))}
+    weights = {p.stem: load_file(p, device=str(device)) for p in (path / name for name in meta["sha256"] if name.endswith(".safetensors"))}
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)  # an optimiser moves its moments; counters of steps are read there in every step
     return {"step": meta["step"], "weights": weights, "state": state, "record": meta["record"], "path": path}
 
@@ -172,12 +173,17 @@ def load_checkpoint(
     Warns about each damaged checkpoint it passes over. Raises `ValueError` if the checkpoint belongs to another configuration, `OSError` if it cannot be read.
     """
     damaged = set()
-    while there := [path for path in finished_steps(folder) if path not in damaged]:
-        inode = _inode(path := there[-1])
+    def look(): return [path for path in finished_steps(folder) if path not in damaged]
+    while there := look() or look() or look():  # a listing may miss what another process renames meanwhile
+        this = _identity(path := there[-1])
         try:
-            if not (damage := _damage(path)): return _read(path, config, device)
-        except FileNotFoundError as e: damage = f"{type(e).__name__}: {e}"
-        if inode is None or _inode(path) != inode: continue  # another process has removed or replaced it meanwhile
+            if not (damage := _damage(path)):
+                found = _read(path, config, device)
+                if _identity(path) == this: return found
+        except (FileNotFoundError, RuntimeError, SafetensorError) as e:  # the last two are safetensors' words for a file that is gone
+            if not isinstance(e, FileNotFoundError) and _identity(path) == this: raise
+            damage = f"{type(e).__name__}: {e}"
+        if this is None or _identity(path) != this: continue  # another process has removed or replaced it meanwhile
         warnings.warn(f"checkpoint {path.name} in {folder} is damaged ({damage}); trying the one before it", stacklevel=2)
         damaged.add(path)
     return None

@@ -80,7 +80,7 @@ class Exact:
     neighbours: Tensor  # effective number of training images in the weighted mean [B]
 
 
-ORACLE_BYTES = 36  # for each pixel value of the set: float32 twice and float64 once, and as much again for two oracles of half of the set each; what is freed on the way may not be given back
+ORACLE_BYTES = 36  # for each pixel value of the set: float32 twice, float64 once, as much again for two oracles of half of the set each, and what is not given back
 
 
 def _neighbours(query:Tensor, sigma:Tensor, groups:list[Tensor])->Tensor:

@@ -235,6 +235,29 @@ def test_two_writers_and_a_reader_share_a_folder(tmp_path):
     assert load_checkpoint(tmp_path, {})["step"] == 59 and steps_in(tmp_path) == ["step-00000058", "step-00000059"] and not list(tmp_path.glob(".part-*"))
 
 
+def test_a_listing_that_misses_what_is_renamed_is_made_again(tmp_path, monkeypatch):
+    put(tmp_path, 1)
+    real, missed = checkpoints.finished_steps, iter([[], []])
+    monkeypatch.setattr(checkpoints, "finished_steps", lambda folder: next(missed, None) or real(folder))
+    assert load_checkpoint(tmp_path, {})["step"] == 1
+
+
+def test_a_file_that_goes_while_it_is_read_is_of_a_checkpoint_that_was_replaced(tmp_path, monkeypatch):
+    "safetensors has another error for it; if the checkpoint is still the same, that is told."
+    for step in (1, 2): put(tmp_path, step)
+    real = checkpoints.load_file
+    def replaced(path, **more):
+        if path.parent.name == "step-00000002":
+            shutil.rmtree(path.parent)
+            put(tmp_path, 3)
+        return real(path, **more)
+    monkeypatch.setattr(checkpoints, "load_file", replaced)
+    assert load_checkpoint(tmp_path, {})["step"] == 3
+    def broken(path, **more): raise RuntimeError("broken")
+    monkeypatch.setattr(checkpoints, "load_file", broken)
+    with pytest.raises(RuntimeError, match="^broken$"): load_checkpoint(tmp_path, {})
+
+
 def test_another_configuration_is_refused_by_name(finished):
     folder, _ = finished
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
