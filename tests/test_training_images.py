@@ -171,11 +171,11 @@ def test_minutes_stop_with_a_checkpoint_and_the_log_goes_on(runs, digits):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the most memory used can be reset under Linux only")
 def test_the_log_tells_the_memory_of_its_own_training(runs, digits):
-    "Not what the process used before: here 2 GB."
+    "Not what the process used before: here 2 GB more than it holds."
     torch.ones(500_000_000).sum()
-    assert monitor.peak_memory(torch.device("cpu")) > 2e9
+    before = monitor.peak_memory(torch.device("cpu")) / 1e9
     finish(fit_score(changed(TINY, "score", steps=3), digits))
-    assert all(0.05 < line["memory_gb"] < monitor.peak_memory(torch.device("cpu")) / 1e9 + 1e-3 < 2 for line in read_log(runs/"tiny"/"score-0"))
+    assert all(0.05 < line["memory_gb"] < before - 1.5 for line in read_log(runs/"tiny"/"score-0"))
 
 
 def test_tensorboard_reads_the_same_numbers(runs, digits):
