@@ -142,7 +142,7 @@ def differences(
     "Name the settings in which two configurations differ."
     return ", ".join(f"{k}={old.get(k)!r} there and {new.get(k)!r} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
 
-
+# %% ../nbs/13a_checkpoints.ipynb #13a0a002
 def _identity(path:Path)->tuple|None: # None: there is nothing
     "Tell a folder from another of the same name, which may have been given the same number by the disk."
     try: return (found := path.stat()).st_ino, found.st_mtime_ns

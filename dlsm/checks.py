@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .intervals import outcome
+from .intervals import NOT_MEASURED, NOT_TESTABLE, outcome
 from .plots import METHOD_NAMES
 from .runs import paper
-from .verdicts import NOT_MEASURED, NOT_TESTABLE, Claim, number
+from .verdicts import Claim, number
 
 # %% ../nbs/17j_checks.ipynb #17j00005
 def table1_of(
@@ -174,7 +174,7 @@ def _as_testable(claims, beside): # claims on the images of Table 2, not testabl
     lost = too_far(beside("table2"))
     return [c | {"outcome": NOT_TESTABLE} if lost else c for c in claims]
 
-
+# %% ../nbs/17j_checks.ipynb #17j0a002
 def check_table2(result, beside):
     """Check Table 2: the rows that can be compared with the printed ones, and the claims that `07_evaluation` judged by their intervals.
 
@@ -185,7 +185,7 @@ def check_table2(result, beside):
                "judged": c.get("of_paper", True), "outcome": c["outcome"]} for c in values.get("claims", ())]
     return [n for n in check_printed(result, beside)[0] if n["name"] in values.get("comparable", ())], claims
 
-
+# %% ../nbs/17j_checks.ipynb #17j0a004
 def check_fig3(result, beside):
     "Check what the text says of Fig. 3, as `06_sampling` measured it, on average and in the class shown; the reading that goes class by class is shown and not judged."
     claims = [{"claim": claim_text({"claim": text, "row": "diversity"}), "measure": "difference of relative diversity", "paper": None, "rule": SIGN,

@@ -82,7 +82,7 @@ class Exact:
 
 ORACLE_BYTES = 36  # for each pixel value of the set: float32 twice, float64 once, as much again for two oracles of half of the set each, and what is not given back
 
-
+# %% ../nbs/19a_mismatch.ipynb #19a0a002
 def _neighbours(query:Tensor, sigma:Tensor, groups:list[Tensor])->Tensor:
     "Give the exponential of the entropy of the oracle's weights. Converted group by group: the whole set in float64 may be large."
     flat = query.flatten(1)
