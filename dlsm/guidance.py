@@ -42,7 +42,29 @@ _INSTEAD = {  # what PyTorch says of a layer -> what to do
     "mutate a captured Tensor": "it changes its own buffers, as BatchNorm in train mode does: call `eval()` on such layers (`fit` leaves them so), use "
                                 "`dlsm.resnet.BatchNorm` (the same otherwise), or a norm of each item by itself, such as GroupNorm",
     "saved tensor hooks": "it recomputes its activations: switch activation checkpointing off; `micro` of `fit` saves memory too",
-    "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off"}
+    "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off",
+    "use_reentrant": "it recomputes its activations by reentrant checkpointing: switch it off, or to `use_reentrant=False`"}
+
+
+def _leaf(
+    classifier:Classifier, # p(y|x̃; θ)
+    x_noisy:Tensor, # where it is differentiated [B, …]
+)->Tensor|None: # the same, asking for a gradient; None: `torch.func` has to do it
+    "Prepare for autograd as it is: without a graph, outside of transforms, for a network of which no layer is in train mode."
+    plain = isinstance(classifier, nn.Module) and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+    if not plain or any(module.training for module in classifier.modules()): return None
+    try: return x_noisy.detach().requires_grad_()
+    except RuntimeError: return None  # inside torch.vmap and the like, or made under inference mode
+
+
+def _gradient_alone(
+    log_likelihood:Callable[[Tensor], tuple[Tensor, Tensor]], # x -> sum of log p, logits
+    leaf:Tensor, # of `_leaf` [B, …]
+)->tuple[Tensor, Tensor]: # gradient [B, …], logits
+    "Differentiate without recording the backward pass."
+    with torch.enable_grad(): log_p, logits = log_likelihood(leaf)
+    if not log_p.requires_grad: return torch.zeros_like(leaf, requires_grad=False), logits
+    return torch.autograd.grad(log_p, leaf, materialize_grads=True)[0], logits.detach()
 
 
 def _gradient_of(
@@ -51,7 +73,8 @@ def _gradient_of(
     x_noisy:Tensor, # where [B, …]
 )->tuple[Tensor, Tensor]: # gradient [B, …], logits
     "Differentiate, with attention in its plain form if a graph is kept, and say of layers that do not allow it what to use instead."
-    gradient = torch.func.grad(log_likelihood, has_aux=True)
+    leaf = _leaf(classifier, x_noisy)
+    gradient = torch.func.grad(log_likelihood, has_aux=True) if leaf is None else lambda x: _gradient_alone(log_likelihood, leaf)
     with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
         if torch.compiler.is_compiling(): return gradient(x_noisy)
         try: return gradient(x_noisy)

@@ -1,5 +1,6 @@
 """Likelihood and posterior scores: exact on the oracle, per item, in any shape, with a graph only if asked for; and what is refused."""
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -182,6 +183,54 @@ def test_layers_that_can_be_helped(kind):
 def test_layers_that_cannot_be_helped_are_explained(kind, says):
     with pytest.raises(RuntimeError, match=says): training_gradient(Images(kind))
     if kind == "batch norm": assert training_gradient(Images(kind).eval()).isfinite().all()
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_a_network_in_eval_mode_has_the_gradient_that_a_function_has(around):
+    "The former goes through plain autograd, the latter through `torch.func.grad`; so does all that happens under inference mode."
+    torch.manual_seed(0)
+    net, x, sigma, y = Images("batch norm").eval(), torch.rand(6, 3, 4, 4), torch.full((6,), 0.5), torch.arange(6) % 2
+    with around():
+        copy = x.clone()  # under inference mode it can never ask for a gradient
+        for points in (x, copy):
+            found, expected = likelihood_score(net, points, sigma, y), likelihood_score(lambda x, s: net(x, s), points, sigma, y)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+            assert found.abs().max() > 0 and not found.requires_grad
+    torch.testing.assert_close(likelihood_score(net, copy, sigma, y), expected, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Constant(nn.Module):
+    "Logits of [B, 2] that do not depend on x; with a weight, they ask for a gradient nevertheless."
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2)) if weight else None
+
+    def forward(self, x, sigma): return sigma[:, None] * (torch.ones(2) if self.weight is None else self.weight)
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_a_network_without_dependence_on_the_input_has_a_zero_score(weight):
+    assert torch.equal(likelihood_score(Constant(weight).eval(), X, S, Y), torch.zeros(B, 2))
+
+
+def test_the_gradient_of_a_network_inside_transforms():
+    "Where plain autograd is refused, and where nobody asks for it."
+    net = MLPClassifier().eval()
+    def of(x): return likelihood_score(net, x, S, Y)
+    torch.testing.assert_close(torch.vmap(of)(X[None])[0], of(X), rtol=1e-5, atol=1e-7)
+    seen, _ = torch.func.jvp(of, (X,), (torch.ones_like(X),))
+    torch.testing.assert_close(seen, of(X), rtol=1e-5, atol=1e-7)
+
+
+def test_layers_of_a_network_in_eval_mode():
+    "Without a graph only reentrant checkpointing is in the way; and batch normalisation must not change while it is looked at."
+    g = torch.Generator().manual_seed(0)
+    args = torch.rand(6, 3, 4, 4, generator=g), torch.full((6,), 0.5), torch.arange(6) % 2
+    assert likelihood_score(Images("checkpoint").eval(), *args).abs().max() > 0
+    with pytest.raises(RuntimeError, match="Images cannot be differentiated.*reentrant checkpointing: switch it off"):
+        likelihood_score(Images("reentrant checkpoint").eval(), *args)
+    with pytest.raises(RuntimeError, match="BatchNorm in train mode does"): likelihood_score(Images("batch norm"), *args)
 
 
 def test_other_errors_of_a_classifier_are_its_own():
