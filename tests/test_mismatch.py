@@ -9,7 +9,8 @@ import torch
 from dlsm.data import image_data, moons
 from dlsm.dsm import perturb
 from dlsm.guidance import likelihood_score
-from dlsm.mismatch import calibration_error, check_oracle, collapsed, image_oracle, mismatch
+from dlsm.losses import dlsm_loss
+from dlsm.mismatch import calibration_error, check_oracle, class_effect, collapsed, denoising_errors, image_oracle, mismatch, squared_errors
 from dlsm.moons_measures import by_level
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.presets import MOONS
@@ -50,6 +51,28 @@ def test_exact_networks_have_no_error_whatever_they_are_called():
 def test_mistakes_are_one_line_each(call, says):
     with pytest.raises(ValueError, match=says) as e: call()
     assert "\n" not in str(e.value)
+
+
+def test_the_squared_error_of_the_denoiser_is_what_dlsm_minimises():
+    "L_DLSM′, weighted by σ and summed over the pixels, is the squared error divided by 2σ²."
+    sigma = 0.4
+    score, judge = (lambda x, s: parzen_score(X)(x, s) + 0.3), parzen_classifier(X, Y, 3)
+    found = denoising_errors(score, {"mine": judge}, X[:8], NOISE, LABELS, sigma, batch=3)
+    assert found["none"].shape == (8,) and found["mine"].shape == (2, 8)
+    for error, labels in zip(found["mine"], LABELS):
+        loss = dlsm_loss(judge, score, X[:8], labels, torch.full((8,), sigma), NOISE, power=1, reduce="sum")
+        torch.testing.assert_close(error / (2 * sigma**2), loss.detach().double(), rtol=1e-4, atol=1e-5)
+    noisy = X[:8] + sigma * NOISE
+    torch.testing.assert_close(found["none"], squared_errors(score(noisy, torch.full((8,), sigma)), X[:8], noisy, sigma), rtol=1e-6, atol=1e-8)
+    assert squared_errors(-NOISE / sigma, X[:8], noisy, sigma).max() < 1e-10  # the score of the image itself
+    with pytest.raises(ValueError, match=r"labels have shape \(8,\); expected \[L, 8\]"): denoising_errors(score, {}, X[:8], NOISE, LABELS[0], sigma)
+
+
+def test_the_effect_of_a_class_has_an_interval_over_images():
+    none = torch.linspace(1., 2., 50, dtype=torch.float64)
+    assert class_effect(0.7 * none, none) == pytest.approx((-0.3, -0.3, -0.3))  # the same share of every image
+    value, low, high = class_effect(none + torch.tensor([1., -1.]).repeat(25), none)
+    assert abs(value) < 1e-9 and low == pytest.approx(-high) and high == pytest.approx(2.01 / 1.5 / 7, rel=0.02)
 
 
 # ---- the moons, level by level
