@@ -51,10 +51,10 @@ def _leaf(
     x_noisy:Tensor, # where it is differentiated [B, …]
 )->Tensor|None: # the same, asking for a gradient; None: `torch.func` has to do it
     "Prepare for autograd as it is: without a graph, outside of transforms, for a network of which no layer is in train mode."
-    plain = isinstance(classifier, nn.Module) and not (torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled())
+    plain = isinstance(classifier, nn.Module) and not (torch.compiler.is_compiling() or torch.is_grad_enabled())
     if not plain or any(module.training for module in classifier.modules()): return None
     try: return x_noisy.detach().requires_grad_()
-    except RuntimeError: return None  # inside torch.vmap and the like, or made under inference mode
+    except RuntimeError: return None  # inside torch.vmap and the like
 
 
 def _gradient_alone(
@@ -97,6 +97,10 @@ def likelihood_score_and_logits(
     """
     if y is None: raise ValueError("y is None; expected labels [B]")
     check_batch(x_noisy, sigma, y)
+    if not torch.compiler.is_compiling() and (torch.is_inference_mode_enabled() or any(v.is_inference() for v in (x_noisy, sigma, y))):
+        graph = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):  # under inference mode PyTorch 2.11 gives a gradient of zero
+            return likelihood_score_and_logits(classifier, x_noisy.clone(), sigma.clone(), y.clone())
 
     def log_likelihood(x):
         logits = classifier(x, sigma)
