@@ -99,8 +99,8 @@ for _name in ("cifar10", "cifar100"):
     IMAGES[_name] = (
         _preset(_name, "smoke", _CIFAR_SCORE | dict(nf=8, ch_mult=(1, 2, 2), num_res_blocks=1, batch=16, steps=10, lr=1e-3, warmup=2),
                 _CLASSIFIER | dict(width=4, batch=16, steps=6, lr=1e-3, warmup=2), log_every=2, checkpoint_every=5, **_CIFAR),
-        _preset(_name, "cpu", _CIFAR_SCORE | dict(nf=8, ch_mult=(1, 2, 4, 8), num_res_blocks=1, batch=128, steps=3_000, lr=2e-3, warmup=100, ema=0.995),
-                _CLASSIFIER | dict(width=16, batch=64, steps=1_000, lr=2e-3), log_every=50, checkpoint_every=250, **_CIFAR),
+        _preset(_name, "cpu", _CIFAR_SCORE | dict(nf=16, ch_mult=(1, 2, 4), num_res_blocks=1, batch=64, steps=12_000, lr=2e-3, warmup=100),
+                _CLASSIFIER | dict(width=16, batch=64, steps=1_500, lr=2e-3), log_every=50, checkpoint_every=250, **_CIFAR),
         _preset(_name, "demo", _CIFAR_SCORE | dict(nf=48, ch_mult=(1, 2, 2), num_res_blocks=1, batch=256, steps=4_000, lr=1e-3, warmup=200),
                 _CLASSIFIER | dict(width=32, batch=256, steps=800, lr=1e-3, warmup=100), **_CIFAR_DEMO),
         _preset(_name, "paper", {}, _deep, stratified=False, log_every=500, checkpoint_every=5_000),
