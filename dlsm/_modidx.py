@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                                'dlsm.mismatch._check_labels': ('mismatch.html#_check_labels', 'dlsm/mismatch.py'),
                                'dlsm.mismatch._lengths': ('mismatch.html#_lengths', 'dlsm/mismatch.py'),
                                'dlsm.mismatch._neighbours': ('mismatch.html#_neighbours', 'dlsm/mismatch.py'),
+                               'dlsm.mismatch._prior': ('mismatch.html#_prior', 'dlsm/mismatch.py'),
                                'dlsm.mismatch._relative': ('mismatch.html#_relative', 'dlsm/mismatch.py'),
                                'dlsm.mismatch.calibration_error': ('mismatch.html#calibration_error', 'dlsm/mismatch.py'),
                                'dlsm.mismatch.check_oracle': ('mismatch.html#check_oracle', 'dlsm/mismatch.py'),

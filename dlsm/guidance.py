@@ -9,6 +9,7 @@ __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelih
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ _INSTEAD = {  # what PyTorch says of a layer -> what to do
     "setup_context": "it holds an autograd.Function without `setup_context`: reentrant activation checkpointing is one, switch it off",
     "use_reentrant": "it recomputes its activations by reentrant checkpointing: switch it off, or to `use_reentrant=False`"}
 
-
+# %% ../nbs/02_decomposition.ipynb #02a0c002
 def _leaf(
     classifier:Classifier, # p(y|x̃; θ)
     x_noisy:Tensor, # where it is differentiated [B, …]
@@ -66,7 +67,7 @@ def _gradient_alone(
     if not log_p.requires_grad: return torch.zeros_like(leaf, requires_grad=False), logits
     return torch.autograd.grad(log_p, leaf, materialize_grads=True)[0], logits.detach()
 
-
+# %% ../nbs/02_decomposition.ipynb #02a0c004
 def _gradient_of(
     classifier:Classifier, # named in errors
     log_likelihood:Callable[[Tensor], tuple[Tensor, Tensor]], # x -> sum of log p, logits
@@ -74,16 +75,17 @@ def _gradient_of(
 )->tuple[Tensor, Tensor]: # gradient [B, …], logits
     "Differentiate, with attention in its plain form if a graph is kept, and say of layers that do not allow it what to use instead."
     leaf = _leaf(classifier, x_noisy)
-    gradient = torch.func.grad(log_likelihood, has_aux=True) if leaf is None else lambda x: _gradient_alone(log_likelihood, leaf)
+    gradient = torch.func.grad(log_likelihood, has_aux=True) if leaf is None else partial(_gradient_alone, log_likelihood)
+    at = x_noisy if leaf is None else leaf
     with sdpa_kernel(SDPBackend.MATH) if torch.is_grad_enabled() else nullcontext():
-        if torch.compiler.is_compiling(): return gradient(x_noisy)
-        try: return gradient(x_noisy)
+        if torch.compiler.is_compiling(): return gradient(at)
+        try: return gradient(at)
         except RuntimeError as e:
             instead = next((instead for said, instead in _INSTEAD.items() if said in str(e)), None)
             if instead is None: raise
             raise RuntimeError(f"{type(classifier).__name__} cannot be differentiated with respect to its input: {instead}") from e
 
-
+# %% ../nbs/02_decomposition.ipynb #02a0c006
 def likelihood_score_and_logits(
     classifier:Classifier, # p(y|x̃; θ) as logits
     x_noisy:Tensor, # noisy points or images [B, …]

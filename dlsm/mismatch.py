@@ -159,6 +159,11 @@ def likelihood_scores(
     return torch.stack([some(y) for y in labels])
 
 
+def _prior(score:Score, x_noisy:Tensor, level:Tensor, batch:int=256)->Tensor: # [B, …]
+    "Evaluate a score model part by part."
+    return torch.cat([prior_score(score, *part) for part in zip(x_noisy.split(batch), level.split(batch))])
+
+
 @full_float32()
 def mismatch(
     score:Score, # the trained prior
@@ -178,7 +183,7 @@ def mismatch(
     level = x.new_full(x.shape[:1], sigma)
     x_noisy = perturb(x, level, noise)
     exact = oracle(x_noisy, level, labels)
-    prior = torch.cat([prior_score(score, *part) for part in zip(x_noisy.split(256), level.split(256))])
+    prior = _prior(score, x_noisy, level)
     likelihoods = {name: likelihood_scores(net, x_noisy, sigma, labels) for name, net in classifiers.items()}
     if "ce" in likelihoods: likelihoods["scaling"] = scale * likelihoods["ce"]
     likelihoods["zero"] = x_noisy.new_zeros(len(labels), *x_noisy.shape)
@@ -274,7 +279,7 @@ def denoising_errors(
     _check_labels(x, labels)
     level = x.new_full(x.shape[:1], sigma)
     x_noisy = perturb(x, level, noise)
-    prior = torch.cat([prior_score(score, *part) for part in zip(x_noisy.split(batch), level.split(batch))])
+    prior = _prior(score, x_noisy, level, batch)
     return {"none": squared_errors(prior, x, x_noisy, sigma)} | {
         name: squared_errors(prior + likelihood_scores(net, x_noisy, sigma, labels, batch), x, x_noisy, sigma) for name, net in classifiers.items()}
 
