@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'ROWS', 'METHODS', 'CLAIMS', 'FAIR', 'LEAST_COVERED', 'FLOOR', 'feature_network', 'row_titles', 'measure',
            'Measured', 'measure_halves', 'estimate', 'estimate_accuracy', 'class_differences', 'MethodClaim',
-           'not_testable', 'check_claim', 'Features', 'Network', 'cas', 'classwise', 'fid', 'fid_curve',
-           'images_digest', 'inception_score', 'nearest', 'prdc', 'prdc_points', 'radii', 'see', 'stored']
+           'far_from_data', 'not_testable', 'check_claim', 'Features', 'Network', 'cas', 'classwise', 'fid',
+           'fid_curve', 'images_digest', 'inception_score', 'nearest', 'prdc', 'prdc_points', 'radii', 'see', 'stored']
 
 # %% ../nbs/15_metrics.ipynb #5a949222
 from dataclasses import dataclass
@@ -158,20 +158,26 @@ CLAIMS = (
     MethodClaim("scaling has the higher CAS", "scaling", "CAS", 1), MethodClaim("against scaling too, DLSM has the higher CAS", "dlsm", "CAS", 1, "scaling"),
 )
 FAIR = MethodClaim("with each classifier at its own best α, DLSM has the lower FID", "dlsm", "FID", -1)
-LEAST_COVERED = 0.2  # of what real images cover
+LEAST_COVERED = 0.2  # of what real images have: coverage and recall
 FLOOR = 0.01  # of precision, recall, density and coverage: below that there is nothing to lose
+
+
+def far_from_data(
+    reach:dict[str, tuple[float, float]], # coverage and recall: of base's images, and what real images have or would have
+)->str: # why; empty: near enough to compare methods
+    "Say in what base's images fall short of a fifth of what real images have. With little coverage they miss the data; with little recall they are blurs inside it."
+    short = [f"{mine:.1%} {name} (real images: {real:.1%})" for name, (mine, real) in reach.items() if mine < LEAST_COVERED * real]
+    return f"base's images have {' and '.join(short)}: the score model, which all methods share, is too far from the data" if short else ""
 
 
 def not_testable(
     claim:MethodClaim, # of `CLAIMS`, or `FAIR`
     difference:dict[str, float]|None, # method − other: value, low, high
     values:dict[str, float], # of the claim's row, by method
-    covered:float, # coverage of base's images
-    of_real:float, # … that real images have, or would have (`expected_coverage`)
+    far:str="", # what `far_from_data` says
 )->str: # why; empty: it can be tested
     "Say why these images can tell nothing of a claim: they are too far from the data, or what should fall (or both values) is at its floor and no difference is seen."
-    if covered < LEAST_COVERED * of_real:
-        return f"base's images cover {covered:.1%} of the real ones, where real images cover {of_real:.1%}: the score model, which all methods share, is too far from the data"
+    if far: return far
     if difference is None or claim.row.removeprefix("cw_") not in PRDC or not difference["low"] <= 0 <= difference["high"]: return ""
     if values[claim.other] >= FLOOR or (claim.sign > 0 and values[claim.method] >= FLOOR): return ""
     beside = f", and {claim.method} {values[claim.method]:.4f}" if claim.sign > 0 else ": there is nothing to lose"

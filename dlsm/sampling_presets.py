@@ -44,7 +44,7 @@ SAMPLING = {
     "digits": (
         SamplingPreset("smoke", "digits", n_per_class=10, n_frontier=3, n_compare=2, compared=("heun-5", "2m-9", "2m-18", "pc-18"),
                        **_FAST | dict(sampler="2m-9", shard=50, alphas=(1., 10.))),
-        SamplingPreset("demo", "digits", n_per_class=150, n_frontier=50, n_compare=5,
+        SamplingPreset("demo", "digits", n_per_class=150, n_frontier=50, n_compare=10,
                        compared=("heun-5", "heun-9", "heun-18", "2m-9", "2m-18", "2m-36", "pc-18", "pc-100", "pc-1000"),
                        **_FAST | dict(sampler="2m-18", alphas=(0.5, 1., 1.5, 2., 3., 5., 10., 20.))),
     ),

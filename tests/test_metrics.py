@@ -23,6 +23,7 @@ from dlsm.metrics import (
     class_differences,
     estimate,
     estimate_accuracy,
+    far_from_data,
     measure,
     measure_halves,
     not_testable,
@@ -351,15 +352,17 @@ def test_claims_that_these_images_cannot_test():
     "Too far from the data, or at the floor; a value that may rise from there, or fall to it, can be tested."
     higher, lower = (next(c for c in CLAIMS if (c.row, c.sign, c.method) == key) for key in (("cw_recall", 1, "dlsm"), ("recall", -1, "scaling")))
     small = {"value": 0., "low": -0.01, "high": 0.01}
-    for claim, values, covered, word in ((higher, {"base": 0.5, "dlsm": 0.6}, 0.17, "17.0%"), (FAIR, {"base": 9., "dlsm": 8.}, 0.17, "too far"),
+    for claim, values, covered, word in ((higher, {"base": 0.5, "dlsm": 0.6}, 0.17, "17.0% coverage (real images: 90.0%)"), (FAIR, {"base": 9., "dlsm": 8.}, 0.17, "too far"),
                                          (FAIR, {"base": 0., "dlsm": 0.}, 0.5, ""),
                                          (lower, {"base": 0.005, "scaling": 0.5}, 0.5, "floor"), (lower, {"base": 0.5, "scaling": 0.005}, 0.5, ""),
                                          (higher, {"base": 0., "dlsm": 0.}, 0.5, "floor"), (higher, {"base": 0., "dlsm": 0.5}, 0.5, "")):
-        why = not_testable(claim, small, values, covered, 0.9)
+        why = not_testable(claim, small, values, far_from_data({"coverage": (covered, 0.9), "recall": (0.6, 0.7)}))
         assert (word in why if word else not why), (claim, why)
         told = check_claim(claim, small | {"low": 0.001} | ({"high": -0.001, "low": -0.01} if claim.sign < 0 else {}), open_end=claim is FAIR, untestable=why)
         assert told["outcome"] == (NOT_TESTABLE if word else OPEN if claim is FAIR else "holds") and (not word or told["why"] == why)
     wide = {"value": -0.2, "low": -0.9, "high": 0.5}  # two trainings: undecided, but by no floor
-    assert not not_testable(lower, wide, {"base": 0.6, "scaling": 0.4}, 0.5, 0.9) and not not_testable(higher, wide, {"base": 0.7, "dlsm": 0.5}, 0.5, 0.9)
-    assert not not_testable(lower, {"value": 0.3, "low": 0.28, "high": 0.32}, {"base": 0.005, "scaling": 0.31}, 0.5, 0.9)  # that is seen
-    assert check_claim(higher, None, untestable="far")["outcome"] == "not measured" and not not_testable(higher, None, {}, 0.5, 0.9)
+    assert not not_testable(lower, wide, {"base": 0.6, "scaling": 0.4}) and not not_testable(higher, wide, {"base": 0.7, "dlsm": 0.5})
+    assert not not_testable(lower, {"value": 0.3, "low": 0.28, "high": 0.32}, {"base": 0.005, "scaling": 0.31})  # that is seen
+    assert check_claim(higher, None, untestable="far")["outcome"] == "not measured" and not not_testable(higher, None, {})
+    blurs = far_from_data({"coverage": (0.3, 0.88), "recall": (0.015, 0.73)})  # a small part of the data, well covered
+    assert "1.5% recall (real images: 73.0%)" in blurs and "coverage" not in blurs and not_testable(higher, wide, {"base": 0.7, "dlsm": 0.5}, blurs) == blurs

@@ -10,7 +10,22 @@ from dlsm.data import image_data, moons
 from dlsm.dsm import perturb
 from dlsm.guidance import likelihood_score
 from dlsm.losses import dlsm_loss
-from dlsm.mismatch import calibration_error, check_oracle, class_effect, collapsed, denoising_errors, image_oracle, mismatch, squared_errors
+from dlsm.mismatch import (
+    SCALES,
+    Exact,
+    best_scale,
+    calibration_error,
+    check_oracle,
+    class_effect,
+    collapsed,
+    compared,
+    denoising_errors,
+    image_oracle,
+    mismatch,
+    scaled_errors,
+    score_errors,
+    squared_errors,
+)
 from dlsm.moons_measures import by_level
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.presets import MOONS
@@ -88,9 +103,28 @@ def test_by_level_knows_the_exact_classifier_and_the_one_that_knows_nothing():
 
 def test_a_classifier_that_learned_nothing_is_told_from_one_that_is_unsure():
     def rows(accuracy, ece): return [{"accuracy": a, "nll": 9., "ece": ece} for a in accuracy]
-    assert collapsed(rows((0.1, 0.1, 0.11), 0.9), 10)
-    assert not collapsed(rows((0.1, 0.1, 0.11), 0.01), 10)  # knows that it does not know
-    assert not collapsed(rows((0.1, 0.1, 0.4), 0.9), 10) and not collapsed(rows((0.5, 0.5, 0.5), 0.6), 10)
+    assert collapsed(rows((0.1, 0.1, 0.11), 0.9), 10, 0.02)
+    assert not collapsed(rows((0.1, 0.1, 0.11), 0.01), 10, 0.02)  # knows that it does not know
+    assert not collapsed(rows((0.1, 0.1, 0.4), 0.9), 10, 0.02) and not collapsed(rows((0.5, 0.5, 0.5), 0.6), 10, 0.02)
+    assert not collapsed(rows((0.1, 0.1, 0.11), 0.9), 10, 0.5)  # its probabilities are lost, its gradients are not
+
+
+def test_one_factor_mends_the_length_of_a_gradient_and_not_its_direction():
+    generator = torch.Generator().manual_seed(0)
+    exact, other = (torch.randn(2, 40, 3, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    prior = torch.zeros(40, 3, 4, dtype=torch.float64)
+    methods = {"long": 8 * exact, "askew": exact + other, "zero": 0 * exact}
+    level = {name: score_errors(prior, g, Exact(prior, exact, prior, prior)) for name, g in methods.items()}
+    for name, g in methods.items():
+        for scale in (0.25, 1., 3.):
+            torch.testing.assert_close(scaled_errors(level, name, scale), (scale * g - exact).flatten(2).norm(dim=2), rtol=1e-9, atol=1e-9)
+    first, rest = slice(20), slice(20, None)
+    chosen = {name: best_scale([level, level], [1., 2.], name, first) for name in ("long", "askew")}
+    assert chosen["long"] == 1 / 8 and compared([level], [1.], "long", part=rest, scales=chosen)[0] == pytest.approx(-1)
+    tried = {scale: scaled_errors(level, "askew", scale)[0, first].sum() for scale in SCALES}
+    assert chosen["askew"] == min(tried, key=tried.get) and 0.3 < chosen["askew"] < 0.8  # ½ on average
+    assert -0.5 < compared([level], [1.], "askew", part=rest, scales=chosen)[0] < compared([level], [1.], "askew", part=rest)[0]
+    with pytest.raises(ValueError, match="scales with D_P; expected D_L"): compared([level], [1.], "long", what="D_P", scales=chosen)
 
 
 def test_the_memory_of_an_oracle_is_known_before(monkeypatch):
