@@ -344,7 +344,11 @@ def test_stand_ins_bring_their_claims(report, home):
     table = {"images_per_class": 12, "features": "pixels", "claims": claims, "methods": ["base", "scaling", "dlsm"], "comparable": [], "real_images": {"recall": 0.9753},
              "recall": [0.4141, 0.5, 0.6], "interval": {"recall": {"base": [0.4041, 0.4241], "scaling": None, "dlsm": [0.5, 0.7]}}}
     rows_ = {name: {"D_L": 1.2342 + i, "D_P": 0.7531, "cosine": 0.6161} for i, name in enumerate(("ce", "scaling", "dlsm_prime", "total"))}
+    rows_["dlsm_prime"]["cosine"] = 0.0161  # its probabilities are lost, and its gradients point anywhere
     errors = {"p_sigma": rows_, "held_out": rows_}
+    best = {name: {"alpha": 0.5, "D_L": 0.8 + i, "D_L_at_1": 0.9 + i} for i, name in enumerate(("ce", "dlsm_prime", "total"))}
+    over = {f"{name} has a smaller D_L than CE": {"difference": -0.1731, "low": -0.1931, "high": -0.1531} for name in ("Total", "DLSM'")}
+    at_alpha = {"at_best_alpha": best | {"differences": over, "cosines": over}, "images": 77}
     trainings = {"score": {"steps": 70, "seconds": 65., "images_per_s": 1_234., "flops_per_image": 2.51e9}}
     preset = {"name": "demo", "score": {"batch": 48}, "classifier": {"reduce": "sum"}}
     by_level = {name: {"D_L": {"mean": [[1., 2.], [2.25 * size, 3.]]}} for name, size in (("ce", 1.), ("scaling", 2.), ("dlsm_prime", 3.), ("total", 4.), ("zero", 1.))}
@@ -353,10 +357,12 @@ def test_stand_ins_bring_their_claims(report, home):
     on_digits = MADE | {"dataset": "digits", "paper": None}
     put(home, table1(), on_digits | {"id": "table2", "title": "Table 2: digits, reduced", "values": table},
         on_digits | {"id": "fig6", "title": "Fig. 6: digits, reduced", "values": {"relative_to_zero_score": errors, "levels_compared": [1.25],
-                                                                                       "trainings": trainings} | kept, "preset": preset})
+                                                                                       "trainings": trainings} | kept, "preset": preset},
+        on_digits | {"id": "fig6_alpha", "title": "Times α: digits, reduced", "values": at_alpha})
     again = {"claim": "ours is better", "differences": [0.1, 0.2], "value": 0.1571, "low": -0.4, "high": 0.7142, "outcome": "undecided"}
     put(home, on_digits | {"id": "trainings", "title": "over trainings", "values": {"n_trainings": 2, "features": "pixels", "claims": [again]}})
     text, saved = report()
+    assert "on the digits +2.00 under L_Total and +1.00 under L_DLSM′ alone become -0.17 ± 0.02 and -0.17 ± 0.02" in saved["values"]["found"]
     row_ = next(line for line in text.splitlines() if line.startswith("| DLSM is better | + |"))
     assert row_.endswith("| 0.136 (-0.432 … 0.247) | holds | **undecided**, 0.157 (-0.400 … 0.714) |") and "| over 2 trainings |" in text
     found = [r for r in saved["values"]["rows"] if r["dataset"] == "digits"]
@@ -369,7 +375,8 @@ def test_stand_ins_bring_their_claims(report, home):
     assert next(line for line in text.splitlines() if line.startswith("| scaling raises precision | precision, scaling − base")).endswith(", not judged |")
     assert "| recall ↑ | 0.414 ± 0.010 | 0.500 |" in text and "| FID ↓ | 4.10 |" in text  # Table 2 row by row: ours, and the printed one
     for number_ in ("0.136", "-0.271 (-0.432 … 0.247)", "1.234", "4.234", "0.753", "0.616", "σ = 1.2", "12 images", "| 4.234 | 4.000 |",
-                    "**L_DLSM′ collapsed**", "larger by their number (digits: 64)"): assert number_ in text, number_
+                    "**L_DLSM′ collapsed**", "larger by their number (digits: 64)",
+                    "-0.173 (-0.193 … -0.153)", "77 images", "| L_Total | 0.5 | 2.900 | 2.800 |"): assert number_ in text, number_
 
 
 def test_what_cannot_be_tested_is_said_and_not_judged(report, home):
