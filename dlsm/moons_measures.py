@@ -16,6 +16,7 @@ from .data import moons
 from .dsm import Score, perturb
 from .guidance import Classifier, likelihood_score, posterior_score
 from .losses import ce_loss
+from .mismatch import SCALES
 from .networks import Ensemble, map_members
 from .parzen import parzen_score
 from .plots import evaluate_on, plane_grid
@@ -96,17 +97,32 @@ def prior_error(
     return ((evaluate_on(score, points, sigma) - exact).norm(dim=1).mean() / exact.norm(dim=1).mean()).item()
 
 
+def _at_best_scale(
+    gradient:Tensor, # of both classes [2, n, 2]
+    exact:Tensor, # likewise
+)->tuple[float, float]: # D_L / zero score of the second half of the points, and α, chosen on the first
+    "Mend the length of a gradient by one factor."
+    scales, half = gradient.new_tensor(SCALES), exact.shape[1] // 2
+    ours, target, inner = gradient.square().sum(-1), exact.square().sum(-1), (gradient * exact).sum(-1)
+    errors = (scales[:, None, None]**2 * ours - 2 * scales[:, None, None] * inner + target).clamp(min=0).sqrt()  # law of cosines [scales, 2, n]
+    best = errors[:, :, :half].mean((1, 2)).argmin()
+    return (errors[best, :, half:].mean() / target[:, half:].sqrt().mean()).item(), scales[best].item()
+
+
 def by_level(
     preset:MoonsPreset, # the data set
     levels:Sequence[float], # noise levels
     nets:dict[str, Classifier], # by name
     device:torch.device|str, # where to measure
     n:int|None=None, # points of each level; None: 2,000, or as many as `preset.n_real` if that is less
-)->dict[str, list]: # relative: D_L / zero score by name, length: of the gradient / of the exact one by name, zero: D_L of the zero score; each [levels]
-    "Measure gradients of classifiers at several noise levels, at points of p_σ, the same for all."
+)->dict[str, list]: # zero: D_L of the zero score; by name, relative: D_L / zero, length: over the exact one's, cosine, alpha, at_best; each [levels]
+    """Measure gradients of classifiers at several noise levels, at points of p_σ, the same for all.
+
+    The cosines are averaged with the lengths of the exact gradients as weights: many points have none. `alpha` is the best factor of a level, `at_best` is `relative` with it.
+    """
     x, generator, n = moons(preset.n_points)[0].to(device), torch.Generator().manual_seed(2**31 + 1), n or min(2000, preset.n_real)
     index, noise = torch.randint(len(x), (n,), generator=generator).to(device), torch.randn(n, 2, generator=generator).to(device)
-    found = {"relative": {name: [] for name in nets}, "length": {name: [] for name in nets}, "zero": []}
+    found = {what: {name: [] for name in nets} for what in ("relative", "length", "cosine", "at_best", "alpha")} | {"zero": []}
     for level in levels:
         sigma = torch.full((n,), level, device=device)
         points = perturb(x[index], sigma, noise)
@@ -117,6 +133,9 @@ def by_level(
             gradient = likelihood_scores(net, points, sigma).double()
             found["relative"][name].append((distance(gradient, exact).mean() / zero).item())
             found["length"][name].append((gradient.norm(dim=-1).mean() / zero).item())
+            along = (gradient * exact).sum(-1) / gradient.norm(dim=-1).clamp(min=1e-30)
+            found["cosine"][name].append((along.mean() / zero).item())
+            for what, value in zip(("at_best", "alpha"), _at_best_scale(gradient, exact.double())): found[what][name].append(value)
     return found
 
 # %% ../nbs/19b_moons_measures.ipynb #19b00011

@@ -98,6 +98,8 @@ def test_by_level_knows_the_exact_classifier_and_the_one_that_knows_nothing():
     nets = {"exact": lambda x, sigma: exact(x.double(), sigma.double()), "nothing": lambda x, sigma: 0 * x}
     found = by_level(MOONS["smoke"], (3., 7.5), nets, "cpu", n=50)
     assert max(found["relative"]["exact"]) < 1e-5 and found["length"]["exact"] == pytest.approx([1, 1], abs=1e-5)
+    assert found["alpha"]["exact"] == [1, 1] and max(found["at_best"]["exact"]) < 1e-5 and found["cosine"]["exact"] == pytest.approx([1, 1])
+    assert found["at_best"]["nothing"] == pytest.approx([1, 1])
     assert found["relative"]["nothing"] == pytest.approx([1, 1]) and found["length"]["nothing"] == [0, 0] and found["zero"][0] > found["zero"][1] > 0
 
 
