@@ -1,17 +1,19 @@
 """What all benchmarks share: the skipping of those for a GPU where there is none, and a record of what was compared.
 
-`make bench` writes figures/benchmarks/cpu.json or cuda.json, which the report shows: for each comparison both times, measured in one run.
+`make bench` writes figures/benchmarks/cpu.json or cuda.json, which the report shows: for each comparison both times, measured in one run. A benchmark that fails
+is left out, and where a machine is lent for minutes the benchmarks may be run in parts, file by file: a part replaces what it measures, and keeps what
+another one has measured on the same card at the same commit.
 """
 import time
 
 import pytest
 import torch
 
-from dlsm.runs import save_result
+from dlsm.runs import figure_dir, load_result, save_result
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STARTED = time.time()
-compared = []
+compared, failed = [], set()
 
 
 def pytest_addoption(parser):
@@ -23,18 +25,33 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu") and DEVICE.type == "cpu": item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_runtest_logreport(report):
+    if report.failed: failed.add(report.nodeid)
+
+
 @pytest.fixture
-def compare(benchmark):
+def compare(benchmark, request):
     "Record a comparison: both values in the same unit, of which less is better, and the least ratio that is aimed at, if any."
     def record(what, ours, than, theirs, unit="s", aim=None):
-        compared.append({"what": what, "ours": ours, "than": than, "theirs": theirs, "unit": unit, "ratio": theirs / ours, "aim": aim})
-        benchmark.extra_info |= compared[-1]
+        found = {"what": what, "ours": ours, "than": than, "theirs": theirs, "unit": unit, "ratio": theirs / ours, "aim": aim}
+        compared.append((request.node.nodeid, found))
+        benchmark.extra_info |= found
     return record
 
 
-def pytest_sessionfinish(session, exitstatus):
-    "Keep a whole run, and none that failed."
-    if not session.config.getoption("--keep") or exitstatus or not compared: return
-    values = {"compared": compared, "threads": torch.get_num_threads(), "name": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None}
-    kept = save_result(DEVICE.type, values, preset=None, dataset="benchmarks", seeds=[0], device=DEVICE, started=STARTED, title=f"Speed on {DEVICE.type}: ratios from one run")
+def pytest_sessionfinish(session):
+    "Keep what was compared by benchmarks that passed, beside what an earlier part of the same run has measured."
+    passed = {found["what"]: found for node, found in compared if node not in failed}
+    if not session.config.getoption("--keep") or not passed: return
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
+    def keep(compared):
+        values = {"compared": list(compared.values()), "threads": torch.get_num_threads(), "name": name}
+        return save_result(DEVICE.type, values, preset=None, dataset="benchmarks", seeds=[0], device=DEVICE, started=STARTED,
+                           title=f"Speed on {DEVICE.type}: ratios from one run")
+    path = figure_dir("benchmarks") / f"{DEVICE.type}.json"
+    before = load_result(DEVICE.type, "benchmarks") if path.exists() else None
+    kept = keep(passed)
+    now = load_result(DEVICE.type, "benchmarks")
+    if before and (before["commit"], before["device"], before["values"]["name"]) == (now["commit"], now["device"], name) and not (before["dirty"] or now["dirty"]):
+        kept = keep({row["what"]: row for row in before["values"]["compared"]} | passed)
     print(f"\nwritten: {kept}")

@@ -69,7 +69,7 @@ class ImagePreset:
     log_every:int = 100        # steps between two lines of the log
     checkpoint_every:int = 500  # steps between two checkpoints
     bf16:bool = False          # mixed precision on a GPU, in stage 1 only (see `dlsm.images`)
-    compiled:bool = False      # compile on a GPU
+    compiled:bool = False      # compile on a GPU, stage 1 only
 
 
 def _preset(dataset:str, name:str, score:dict, classifier:dict, **more)->ImagePreset:

@@ -86,7 +86,7 @@ def _cost(
 
     def work(net, n):
         with nullcontext() if stage1 else full_float32(): gradients(net, loss, {k: v[:n] for k, v in batch.items()}, bf16=preset.bf16 and fast and stage1)
-    return estimate(title, model, work, settings.batch, steps, len(images.x), micro, processes, gradient_in_loss, compiled=preset.compiled and fast)
+    return estimate(title, model, work, settings.batch, steps, len(images.x), micro, processes, gradient_in_loss, compiled=preset.compiled and fast and stage1)
 
 # %% ../nbs/13f_stages.ipynb #13b00004
 def _train(
@@ -107,12 +107,11 @@ def _train(
     "Say what a training costs, then run it."
     device = images.x.device
     fast, (rank, processes) = device.type == "cuda", team(device)
-    compiled = preset.compiled and fast
     if tuple(images.x.shape[1:]) != (preset.channels, preset.image_size, preset.image_size): raise ValueError(
         f"images have shape {tuple(images.x.shape[1:])}; preset {preset.name} of {preset.dataset} is for {(preset.channels, preset.image_size, preset.image_size)}")
     model = seeded(net, seeds[0]).to(device, memory_format=_layout(config))
     draw, stage1 = batches(images, preset, settings, seeds[1]), isinstance(settings, ScoreSettings)
-    bf16 = preset.bf16 and fast and stage1
+    bf16, compiled = (asked and fast and stage1 for asked in (preset.bf16, preset.compiled))  # compiling the losses of stage 2 takes longer than it saves
     done = load_checkpoint(folder, config) if resume else None
     left = settings.steps - (done["step"] if done else 0)
     if rank == 0:

@@ -186,10 +186,10 @@ def fit(
         state.step += 1
         recent.append(state.loss[None] if state.norm is None else torch.stack([state.loss, state.norm]))
         if compiled and not warm: since, untimed = time.monotonic(), len(recent)  # compiling is not training
-        warm = True
+        first, warm = not warm, True
         if ema: _average(*tensors, min(ema, (1 + state.step) / (10 + state.step)))
         measured, kept, logged = (bool(n) and (state.step % n == 0 or state.step == steps) for n in (every, checkpoint_every, log_every))
-        stop = bool(minutes) and (logged or not log_every) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
+        stop = bool(minutes) and (logged or first or not log_every) and any_process(time.monotonic() - began > 60 * minutes, processes, device)
         last = stop or state.step == steps
         if measured or kept or logged or last or len(recent) == 1000: means = _check_finite(state, recent, folder, draw, seed)
         if kept or last: _check_weights(state, folder)

@@ -1,5 +1,6 @@
 """Training: killed and resumed to the same bits; damaged and foreign checkpoints, full disks, losses that are not finite."""
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -542,11 +543,20 @@ def test_a_finished_training_without_a_name_says_so(tmp_path):
         small(folder=tmp_path/"named", config={"run": 1})[1]()
 
 
-@pytest.mark.parametrize("more, stopped", [({}, 1), ({"log_every": 2}, 2)], ids=["without a log", "at a line of the log"])
-def test_a_stop_by_minutes_keeps_a_checkpoint_and_leaves_eval_mode(tmp_path, more, stopped):
+@pytest.mark.parametrize("more", [{}, {"log_every": 2}], ids=["without a log", "with a log"])
+def test_a_stop_by_minutes_keeps_a_checkpoint_and_leaves_eval_mode(tmp_path, more):
+    "After the first step, which may have been compiled for long."
     net, go = small(folder=tmp_path, minutes=1e-9, **more)
-    assert go()[-1].step == stopped and not any(m.training for m in net.modules()) and steps_in(tmp_path) == [f"step-{stopped:08d}"]
+    assert go()[-1].step == 1 and not any(m.training for m in net.modules()) and steps_in(tmp_path) == ["step-00000001"]
     assert small(folder=tmp_path)[1]()[-1].step == 4
+
+
+def test_the_time_is_looked_at_where_the_log_has_a_line(tmp_path, monkeypatch):
+    "And not in every step, for then all processes would have to wait for one another."
+    ticks = itertools.count()
+    monkeypatch.setattr("dlsm.training.time.monotonic", lambda: next(ticks) * 1.)
+    net, go = small(folder=tmp_path, minutes=2.5 / 60, log_every=3)
+    assert go()[-1].step == 3 and steps_in(tmp_path) == ["step-00000003"]
 
 
 @pytest.mark.parametrize("steps, bad, change, says", [

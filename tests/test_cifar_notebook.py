@@ -4,10 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from dlsm.intervals import outcome
+
+nbformat = pytest.importorskip("nbformat")
 
 pytestmark = pytest.mark.project
 
@@ -91,12 +92,14 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     def says(notebook, text): return any(text in output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
     stopped = run(minutes=1e-9)
-    assert says(stopped, "stage 1: 2 of 10 steps, the time is up; the same call goes on from here") and not says(stopped, "stage 2, ce")
+    assert says(stopped, "stage 1: 1 of 10 steps, the time is up; the same call goes on from here") and not says(stopped, "stage 2, ce")
     first = run(stages="1")
     assert not (tmp_path/"runs/smoke/figures").exists()
     assert (tmp_path/"runs/cifar10/smoke/score-0/log.jsonl").exists()
-    assert says(first, "stage 1 on cifar10, preset smoke") and says(first, "50,000 images, 8 steps of 16")
+    assert says(first, "stage 1 on cifar10, preset smoke") and says(first, "50,000 images, 9 steps of 16")
     second = run(stages="2", data_dir=str(Path(data).resolve()))
+    late = run(stages="2", minutes=1e-9)
+    assert says(late, "everything is trained, nothing measured, the time is up; the same call goes on from here") and not says(late, "a level")
     for finished in (first, second):  # the pictures of stage 1 outlast their run
         shown = [output for cell in finished.cells if cell.source.startswith("with in_one_line(): score = load_score") for output in cell.outputs]
         assert any("image/png" in output.get("data", {}) for output in shown)
@@ -110,7 +113,7 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     assert values["claims"] == {text: outcome(row["low"], row["high"], -1) for text, row in values["claim_intervals"].items()}
     assert values["levels_compared"][-1] == values["sigmas"][-1]
     assert all(values["claims"][f"CE × 10 is worse than no guidance, {points}"] == "holds" for points in ("p_sigma", "held_out"))
-    for id in ("fig6_quality", "fig6_gradients", "fig6_denoising"): assert all((tmp_path/f"runs/smoke/figures/cifar10/{id}.{kind}").exists() for kind in ("json", "png"))
+    for id in ("fig6_quality", "fig6_gradients", "fig6_alpha", "fig6_denoising"): assert all((tmp_path/f"runs/smoke/figures/cifar10/{id}.{kind}").exists() for kind in ("json", "png"))
 
 
 def test_kept_weights_are_measured_without_a_training(root, tmp_path, monkeypatch, untrained):

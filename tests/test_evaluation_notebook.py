@@ -3,8 +3,9 @@ import json
 import os
 from pathlib import Path
 
-import nbformat
 import pytest
+
+nbformat = pytest.importorskip("nbformat")
 
 pytestmark = pytest.mark.project
 

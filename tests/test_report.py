@@ -4,7 +4,6 @@ import re
 import subprocess
 
 import numpy as np
-import papermill
 import pytest
 
 from dlsm.checks import FIG5_CLAIMS, TABLE1_CLAIMS, too_far
@@ -13,6 +12,8 @@ from dlsm.plots import METHOD_NAMES
 from dlsm.report import ITEMS, made_on, others, rows, status_table, trained_for
 from dlsm.runs import load_result, paper
 from dlsm.verdicts import VERDICTS, Claim, exists, markdown_table, number, read_results, verdict
+
+papermill = pytest.importorskip("papermill")
 
 MADE = {"dataset": "moons", "preset": {"name": "demo", "score_net": "preconditioned"}, "seeds": [0, 1], "device": "CPU",
         "wall_seconds": 75., "versions": {"torch": "2.15.0"}, "commit": "0123456789", "dirty": False, "time": "2026-01-01T00:00:00+00:00",

@@ -6,7 +6,6 @@ import subprocess
 import time
 from dataclasses import dataclass
 
-import nbformat
 import pytest
 import torch
 
@@ -23,6 +22,8 @@ from dlsm.runs import (
     run_dir,
     save_result,
 )
+
+nbformat = pytest.importorskip("nbformat")
 
 
 @dataclass(frozen=True)

@@ -543,7 +543,7 @@ def test_batch_norm_counts_each_step_once(digits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_both_stages_on_a_gpu(runs, digits, compiled):
-    "bfloat16, channels last and compilation do not change the course of a training by more than they round; one that was stopped goes on."
+    "bfloat16, channels last and compilation do not change the course of a training by more than they round; one that was stopped goes on. (A CPU draws other noise.)"
     images = Images(*(t.cuda() for t in (digits.x, digits.y, digits.x_test, digits.y_test)), digits.classes)
     def run(name, images, **more):
         preset = changed(changed(dataclasses.replace(SMOKE, name=name, log_every=1, **more), "score", steps=12), "classifier", steps=8)
@@ -552,7 +552,7 @@ def test_both_stages_on_a_gpu(runs, digits, compiled):
         score = load_score(preset, device=images.x.device)
         for loss in ("ce", "total"): finish(fit_classifier(preset, images, loss, score))
         return [[line["loss"] for line in read_log(runs/name/folder)] for folder in ("score-0", "classifier-ce-0", "classifier-total-0")]
-    for a, b in zip(run("cpu", digits), run(f"gpu-{compiled}", images, bf16=True, compiled=compiled), strict=True):
+    for a, b in zip(run("plain", images), run(f"gpu-{compiled}", images, bf16=True, compiled=compiled), strict=True):
         assert len(a) == len(b) and b == pytest.approx(a, rel=0.05)
 
 
