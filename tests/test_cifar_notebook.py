@@ -113,7 +113,8 @@ def test_smoke_run_on_the_real_cifar10(root, tmp_path, monkeypatch):
     assert values["claims"] == {text: outcome(row["low"], row["high"], -1) for text, row in values["claim_intervals"].items()}
     assert values["levels_compared"][-1] == values["sigmas"][-1]
     assert all(values["claims"][f"CE × 10 is worse than no guidance, {points}"] == "holds" for points in ("p_sigma", "held_out"))
-    for id in ("fig6_quality", "fig6_gradients", "fig6_alpha", "fig6_denoising"): assert all((tmp_path/f"runs/smoke/figures/cifar10/{id}.{kind}").exists() for kind in ("json", "png"))
+    for id in ("fig6_quality", "fig6_gradients", "fig6_alpha", "fig6_denoising"):
+        assert all((tmp_path/f"runs/smoke/figures/cifar10/{id}.{kind}").exists() for kind in ("json", "png"))
 
 
 def test_kept_weights_are_measured_without_a_training(root, tmp_path, monkeypatch, untrained):
