@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_root', 'run_dir', 'figure_dir', 'need', 'device_name', 'provenance', 'paper', 'save_result', 'list_results',
-           'load_result', 'progress']
+           'load_result', 'text_about', 'progress']
 
 # %% ../nbs/17_runs.ipynb #94f166a9
 import configparser
@@ -18,7 +18,9 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,19 @@ def load_result(
     def shown(p): return p.relative_to(find_root()).as_posix()
     there = ", ".join(map(shown, list_results(preset))) or "none"
     raise FileNotFoundError(f"{shown(path)} is missing: run its notebook (see the Snakefile) first; results there are: {there}")
+
+# %% ../nbs/17_runs.ipynb #17aa0002
+@contextmanager
+def text_about(
+    committed:object, # true: the numbers are the committed ones
+)->Iterator[None]:
+    "Check assertions about a text. Of committed numbers they have to hold; of a run of one's own it is told, in one line, which one does not, and the run goes on."
+    try: yield
+    except AssertionError as failed:
+        if committed: raise
+        at = traceback.extract_tb(failed.__traceback__)[-1].line or ""
+        said = "".join(f" ({line})" for line in str(failed).splitlines()[:1])
+        print(f"Here this run, which may round otherwise, is not as the text says of the committed one{said}: {at.removeprefix('assert ').partition('assert ')[2] or at}")
 
 # %% ../nbs/17_runs.ipynb #999989fe
 def progress(

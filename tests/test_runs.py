@@ -21,6 +21,7 @@ from dlsm.runs import (
     progress,
     run_dir,
     save_result,
+    text_about,
 )
 
 nbformat = pytest.importorskip("nbformat")
@@ -239,3 +240,14 @@ def test_device():
 def test_progress_without_audience(capsys):
     assert list(progress(range(3), "training", every=0.)) == [0, 1, 2] and list(progress(iter("ab"))) == ["a", "b"]
     assert capsys.readouterr().out.splitlines() == [f"training {i} of 3, 0 s" for i in (1, 2, 3)]
+
+
+def test_a_text_has_to_be_true_of_the_committed_numbers_only(capsys):
+    "A run of one's own is told from them in one line, with what was asserted."
+    value = 3
+    with text_about(None): assert value == 3
+    with text_about(None): assert value == 4, "FID"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "not as the text says of the committed one (FID): value == 4" in said
+    with pytest.raises(AssertionError), text_about({"values": 1}): assert value == 4
+    with pytest.raises(ValueError, match="not about a text"), text_about(None): raise ValueError("not about a text")
