@@ -387,6 +387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/dlsm', 'doc_host': '', 'gi
                               'dlsm.presets.line_of': ('presets.html#line_of', 'dlsm/presets.py'),
                               'dlsm.presets.pick_device': ('presets.html#pick_device', 'dlsm/presets.py')},
             'dlsm.registry': { 'dlsm.registry.Checkpoint': ('registry.html#checkpoint', 'dlsm/registry.py'),
+                               'dlsm.registry._device_named': ('registry.html#_device_named', 'dlsm/registry.py'),
                                'dlsm.registry._keep': ('registry.html#_keep', 'dlsm/registry.py'),
                                'dlsm.registry._trained': ('registry.html#_trained', 'dlsm/registry.py'),
                                'dlsm.registry.advice': ('registry.html#advice', 'dlsm/registry.py'),

@@ -126,7 +126,7 @@ def _keep(
     key:str, # <dataset>/<preset>/<name>
     preset:ImagePreset, # the run's
     config:dict, # identifies the training
-    device:torch.device, # where it was trained
+    device:str, # the name of where it was trained
 )->dict: # its line in the index
     "Keep one network."
     learnt = {name for name, p in fresh.named_parameters() if p.requires_grad}
@@ -134,7 +134,7 @@ def _keep(
     after.load_state_dict(tensors)  # copies into float32
     facts = {"fingerprint": fingerprint(net), "rounded": fingerprint(after), "rounding_change": rounding_change(net, after, preset)}
     took = trained(read_log(run_dir(*key.split("/"), make=False)), config["batch"])
-    if took: facts["training"] = took | {"device": device_name(device)}
+    if took: facts["training"] = took | {"device": device}
     return write_kept(key, tensors, config, facts)
 
 
@@ -152,10 +152,17 @@ def _trained(
     return load_classifier(preset, *loss, score, seed), classifier_net(preset), classifier_config(preset, *loss, score, seed)
 
 
+def _device_named(device:torch.device|str|None)->str:
+    "Name a device of this machine; what is none, such as a card's name, is one already."
+    try: torch.device(device or "cpu")
+    except RuntimeError: return device
+    return device_name(pick_device(device))
+
+
 def keep_weights(
     preset:ImagePreset, # of a finished run
     seed:int=0, # of its trainings
-    device:torch.device|str|None=None, # where they were trained, which no checkpoint says; None: a GPU if there is one
+    device:torch.device|str|None=None, # where they were trained, which no checkpoint says; None: a GPU if there is one; of another machine its name
     partial:bool=False, # keep those of its trainings that are finished; False: all four
 )->dict[str, dict]: # the new lines of the index, by path below weights/
     "Keep the score model and the three classifiers of a run. Raises `FileNotFoundError` for a training that is missing or unfinished, with `partial` if all are."
@@ -165,7 +172,7 @@ def keep_weights(
         except FileNotFoundError:
             if not partial: raise
     if not found: raise FileNotFoundError(f"no training of {preset.dataset}, preset {preset.name}, is finished: there is nothing to keep")
-    where = pick_device(device)
+    where = _device_named(device)
     return {f"{key}.safetensors": _keep(net, fresh, key, preset, config, where) for key, (net, fresh, config) in found.items()}
 
 # %% ../nbs/18a_registry.ipynb #4a2348df
@@ -179,7 +186,8 @@ def main(
     command.add_argument("preset", help="smoke, cpu (CIFAR only), demo or paper")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--partial", action="store_true", help="keep what is finished, for a run that goes on elsewhere")
-    command.add_argument("--device", help="where it was trained: cpu, cuda, …; by default a GPU if there is one")
+    command.add_argument("--device", help="where it was trained: cpu, cuda, … of this machine (by default a GPU if there is one), or the name of "
+                                          "another machine's, such as 'NVIDIA H100'")
     given = parser.parse_args(arguments)
     try:
         if given.preset not in IMAGES.get(given.dataset, ()): raise ParameterError(f"there is no preset {given.preset!r} of {given.dataset!r}")

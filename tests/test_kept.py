@@ -203,6 +203,15 @@ def test_keeping_twice_writes_the_same_bytes(trained, monkeypatch):
     assert len(before) == 5 and before == {p: p.read_bytes() for p in (trained[0]/"weights").rglob("*") if p.is_file()}
 
 
+def test_weights_that_were_trained_elsewhere_say_where(trained, tmp_path, monkeypatch):
+    "The card that trained them may be gone by the time they are kept."
+    shutil.copytree(trained[0]/"runs", tmp_path/"runs")
+    monkeypatch.setenv("DLSM_ROOT", str(tmp_path))
+    kept = keep_weights(SMOKE, device="NVIDIA H100 80GB HBM3")
+    assert len(kept) == 4 and {entry["training"]["device"] for entry in kept.values()} == {"NVIDIA H100 80GB HBM3"}
+    with pytest.raises(ValueError, match="device = 'cuda:99' is not on this machine"): keep_weights(SMOKE, device="cuda:99")
+
+
 def test_command_line(tmp_path, root):
     done = subprocess.run([sys.executable, "-m", "dlsm.registry", "keep", "digits", "smoke"], cwd=root, capture_output=True, text=True,
                           env={"DLSM_ROOT": str(tmp_path), "PYTHONPATH": str(root), "PATH": ""})
