@@ -24,7 +24,7 @@ STORY = {
     "02_decomposition": (MOONS, [], []),
     "03_dlsm":          (MOONS, [], ["moons/fig2"]),
     "04_moons":         (MOONS, [], ["moons/levels", "moons/fig1", "moons/table1"]),
-    "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6_alpha", "{dataset}/fig6_denoising", "{dataset}/fig6"]),
+    "05_cifar":         (IMAGES, [], ["{dataset}/fig6_quality", "{dataset}/fig6_gradients", "{dataset}/fig6_alpha", "{dataset}/fig6_denoising", "{dataset}/fig6_alpha_by_level", "{dataset}/fig6"]),
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
     "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings_frontier", "{dataset}/trainings"]),

@@ -6,7 +6,7 @@
 __all__ = ['ORACLE_BYTES', 'SCALES', 'NEIGHBOURS', 'calibration_error', 'quality', 'collapsed', 'logits_at', 'Exact',
            'image_oracle', 'check_oracle', 'score_errors', 'likelihood_scores', 'mismatch', 'scaled_errors',
            'best_scale', 'ratio_of_means', 'compared', 'curves', 'held_out_levels', 'comparable', 'squared_errors',
-           'denoising_errors', 'class_effect']
+           'denoising_errors', 'class_effect', 'denoising_parabola', 'helpful_scale']
 
 # %% ../nbs/19a_mismatch.ipynb #ea0969ba
 from collections.abc import Callable, Iterator
@@ -320,3 +320,31 @@ def class_effect(
 )->tuple[float, float, float]: # change, as a fraction of the error without it (below 0: the class helps), low, high
     "Tell how much knowing the class changes the squared error of a denoiser, with a paired 95% interval over images."
     return ratio_of_means(error - none, none)
+
+# %% ../nbs/19a_mismatch.ipynb #19a00021
+@full_float32()
+def denoising_parabola(
+    score:Score, # the trained prior
+    classifier:Classifier, # any
+    x:Tensor, # clean images [B, …], best held out
+    noise:Tensor, # unit Gaussian, like x
+    y:Tensor, # labels [B]
+    sigma:float, # the level
+    batch:int=256, # images at a time
+)->Tensor: # [3, B], float64: c₀, c₁ and c₂ of each image
+    "Give the squared error of the denoiser as a function of α, the factor of the likelihood score: c₀ + c₁α + c₂α²."
+    _check_labels(x, y[None])
+    level = x.new_full(x.shape[:1], sigma)
+    x_noisy = perturb(x, level, noise)
+    residual = (x_noisy + sigma**2 * _prior(score, x_noisy, level, batch) - x).double().flatten(1)
+    step = sigma**2 * likelihood_scores(classifier, x_noisy, sigma, y[None], batch)[0].double().flatten(1)
+    return torch.stack([residual.square().sum(1), 2 * (residual * step).sum(1), step.square().sum(1)])
+
+
+def helpful_scale(
+    parabola:Tensor, # of `denoising_parabola` [3, B]
+    most:float=10., # the largest α
+)->float: # α, 0 … most
+    "Choose the α that helps the denoiser most, on average over images; 0 if any harms."
+    _, slope, curvature = parabola.sum(1).tolist()
+    return min(max(0., -slope / (2 * curvature)), most) if curvature > 0 else 1.

@@ -113,7 +113,8 @@ def others(
     return [r for r in results if (r["id"], r["dataset"]) not in known]
 
 # %% ../nbs/17d_report.ipynb #17d00004
-WRITES = {"03_dlsm": ("fig2",), "04_moons": ("levels", "fig1", "table1", "fig1_joint"), "05_cifar": ("fig6", "fig6_alpha", "fig6_denoising", "fig6_gradients", "fig6_quality"),
+WRITES = {"03_dlsm": ("fig2",), "04_moons": ("levels", "fig1", "table1", "fig1_joint"), 
+          "05_cifar": ("fig6", "fig6_alpha", "fig6_alpha_by_level", "fig6_denoising", "fig6_gradients", "fig6_quality"),
           "06_sampling": ("fig3", "fig3_alpha", "fig3_nfe"), "07_evaluation": ("table2", "frontier", "cas", "fig4"), "07a_trainings": ("trainings", "trainings_frontier"),
           "08_ablations": ("fig5", "fig5_sweep"), "08a_networks": ("fig5_parts",), "08b_levels": ("levels_causes",), "08c_balance": ("balance",)}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dlsm.guidance import likelihood_score, posterior_score, prior_score
+from dlsm.guidance import likelihood_score, posterior_score, prior_score, scale_by_level
 from dlsm.networks import Ensemble, MLPClassifier, seeded
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.resnet import BatchNorm
@@ -61,6 +61,20 @@ def test_scales_and_labels_are_per_item(batch):
     assert torch.equal(got[0], -x[0])  # α = 0: the prior alone
     as_tensor, as_number = (posterior_score(score, classifier, y, alpha)(x, sigma) for alpha in (torch.tensor(2.), 2.))
     assert torch.equal(as_tensor, as_number)
+
+
+def test_a_scale_may_depend_on_the_level(batch):
+    x, sigma, y, *_ = batch
+    _, classifier = linear(x)
+    def score(x, sigma): return -x
+    alpha = scale_by_level([0.1, 1., 10.], [1., 3., 5.])
+    at = torch.tensor([0.01, 0.1, 10**-0.5, 1., 10**0.5, 10., 50.], dtype=x.dtype)
+    torch.testing.assert_close(alpha(at), torch.tensor([1., 1., 2., 3., 4., 5., 5.], dtype=x.dtype))  # linear in log σ, constant outside
+    assert torch.equal(posterior_score(score, classifier, y, alpha)(x, sigma), posterior_score(score, classifier, y, alpha(sigma))(x, sigma))
+    assert scale_by_level([2.], [7.])(sigma).tolist() == [7.] * B and alpha(sigma.float()).dtype == torch.float32
+    for levels, alphas in (([1., 1.], [1., 2.]), ([0., 1.], [1., 2.]), ([], []), ([1., 2.], [1.])):
+        with pytest.raises(ValueError, match="as many of each, the levels above 0 and increasing"): scale_by_level(levels, alphas)
+    with pytest.raises(ValueError, match=r"scale has shape \(2,\)"): posterior_score(score, classifier, y, lambda sigma: sigma[:2])(x, sigma)
 
 
 @pytest.mark.parametrize("classifier", [lambda x, s: torch.tensor([1., -2.]).expand(len(x), 2), lambda x, s: torch.stack([s, -s], 1)])

@@ -20,6 +20,8 @@ from dlsm.mismatch import (
     collapsed,
     compared,
     denoising_errors,
+    denoising_parabola,
+    helpful_scale,
     image_oracle,
     mismatch,
     scaled_errors,
@@ -81,6 +83,20 @@ def test_the_squared_error_of_the_denoiser_is_what_dlsm_minimises():
     torch.testing.assert_close(found["none"], squared_errors(score(noisy, torch.full((8,), sigma)), X[:8], noisy, sigma), rtol=1e-6, atol=1e-8)
     assert squared_errors(-NOISE / sigma, X[:8], noisy, sigma).max() < 1e-10  # the score of the image itself
     with pytest.raises(ValueError, match=r"labels have shape \(8,\); expected \[L, 8\]"): denoising_errors(score, {}, X[:8], NOISE, LABELS[0], sigma)
+
+
+def test_the_error_of_the_denoiser_is_a_parabola_in_the_factor(sigma=2.):
+    "And its minimum is where the errors of a grid of factors are least."
+    score, judge = (lambda x, s: parzen_score(X)(x, s) + 0.3), parzen_classifier(X, Y, 3)
+    parabola = denoising_parabola(score, judge, X[:8], NOISE, LABELS[0], sigma, batch=3)
+    found = denoising_errors(score, {"mine": judge}, X[:8], NOISE, LABELS, sigma)
+    torch.testing.assert_close(parabola[0], found["none"])
+    torch.testing.assert_close(parabola.sum(0), found["mine"][0], rtol=1e-5, atol=1e-8)
+    grid = torch.linspace(0, 10, 100_001, dtype=torch.float64)
+    least = grid[(parabola[1].sum() * grid + parabola[2].sum() * grid**2).argmin()].item()
+    assert helpful_scale(parabola) == pytest.approx(least, abs=1e-4)
+    harmful, endless, none = (torch.tensor([[1.], [slope], [curve]], dtype=torch.float64) for slope, curve in ((1., 1.), (-100., 1.), (0., 0.)))
+    assert helpful_scale(harmful) == 0 and helpful_scale(endless) == 10 and helpful_scale(endless, 3.) == 3 and helpful_scale(none) == 1
 
 
 def test_the_effect_of_a_class_has_an_interval_over_images():
