@@ -197,15 +197,15 @@ def scale_by_level(
     sigmas:list[float], # levels, increasing, > 0
     alphas:list[float], # α at each
 )->Callable[[Tensor], Tensor]: # sigma [B] -> α [B], for `posterior_score`
-    "Give an α that depends on the noise level: linear in log σ between the levels, constant outside. Raises `ValueError` for levels that do not increase."
+    "Make an α that depends on the noise level: linear in log σ between the levels, constant outside. Raises `ValueError` for levels that do not increase."
     if not sigmas or len(sigmas) != len(alphas) or sigmas[0] <= 0 or any(b <= a for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(f"levels {sigmas} and α {alphas}; expected as many of each, the levels above 0 and increasing")
     at, values = torch.tensor(sigmas, dtype=torch.float64).log(), torch.tensor(alphas, dtype=torch.float64)
 
     def alpha(sigma):
-        where = sigma.double().log().clamp(at[0].item(), at[-1].item())
-        left = torch.searchsorted(at.to(sigma.device), where, right=True).sub(1).clamp(0, max(len(sigmas) - 2, 0))
         if len(sigmas) == 1: return torch.full_like(sigma, alphas[0])
-        a, b = (t.to(sigma.device) for t in (at, values))
-        return (b[left] + (b[left + 1] - b[left]) * (where - a[left]) / (a[left + 1] - a[left])).to(sigma.dtype)
+        a, b = at.to(sigma), values.to(sigma)
+        where = sigma.log().clamp(a[0], a[-1])
+        left = torch.searchsorted(a, where, right=True).sub(1).clamp(0, len(sigmas) - 2)
+        return b[left] + (b[left + 1] - b[left]) * (where - a[left]) / (a[left + 1] - a[left])
     return alpha
