@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from dlsm.runs import figure_dir, load_result, save_result
+from dlsm.runs import figure_dir, load_result, provenance, save_result
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STARTED = time.time()
@@ -48,10 +48,10 @@ def pytest_sessionfinish(session):
         values = {"compared": list(compared.values()), "threads": torch.get_num_threads(), "name": name}
         return save_result(DEVICE.type, values, preset=None, dataset="benchmarks", seeds=[0], device=DEVICE, started=STARTED,
                            title=f"Speed on {DEVICE.type}: ratios from one run")
-    path = figure_dir("benchmarks") / f"{DEVICE.type}.json"
+    path, run = figure_dir("benchmarks") / f"{DEVICE.type}.json", provenance(DEVICE, STARTED)
     before = load_result(DEVICE.type, "benchmarks") if path.exists() else None
-    kept = keep(passed)
-    now = load_result(DEVICE.type, "benchmarks")
-    if before and (before["commit"], before["device"], before["values"]["name"]) == (now["commit"], now["device"], name) and not (before["dirty"] or now["dirty"]):
-        kept = keep({row["what"]: row for row in before["values"]["compared"]} | passed)
-    print(f"\nwritten: {kept}")
+    rows = {row["what"]: row for row in before["values"]["compared"]} if before else {}
+    same = before and run["commit"] and (before["commit"], before["values"]["name"]) == (run["commit"], name) and not (before["dirty"] or run["dirty"])
+    if not same and len(passed) < len(rows):
+        print(f"\nnot written: {len(passed)} comparisons, and {path.name} has {len(rows)} of another commit or card; remove it to begin anew")
+    else: print(f"\nwritten: {keep(rows | passed if same else passed)}")

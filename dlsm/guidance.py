@@ -8,7 +8,7 @@ __all__ = ['Classifier', 'check_logits', 'likelihood_score_and_logits', 'likelih
 
 # %% ../nbs/02_decomposition.ipynb #906db570
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -194,11 +194,12 @@ def posterior_score(
 
 # %% ../nbs/02_decomposition.ipynb #ea8a1400
 def scale_by_level(
-    sigmas:list[float], # levels, increasing, > 0
-    alphas:list[float], # α at each
+    sigmas:Iterable[float], # levels, increasing, > 0
+    alphas:Iterable[float], # α at each
 )->Callable[[Tensor], Tensor]: # sigma [B] -> α [B], for `posterior_score`
     "Make an α that depends on the noise level: linear in log σ between the levels, constant outside. Raises `ValueError` for levels that do not increase."
-    if not sigmas or len(sigmas) != len(alphas) or sigmas[0] <= 0 or any(b <= a for a, b in zip(sigmas, sigmas[1:])):
+    sigmas, alphas = ([float(v) for v in values] for values in (sigmas, alphas))
+    if not sigmas or len(sigmas) != len(alphas) or not sigmas[0] > 0 or any(not b > a for a, b in zip(sigmas, sigmas[1:])):
         raise ValueError(f"levels {sigmas} and α {alphas}; expected as many of each, the levels above 0 and increasing")
     at, values = torch.tensor(sigmas, dtype=torch.float64).log(), torch.tensor(alphas, dtype=torch.float64)
 

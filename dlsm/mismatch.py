@@ -9,6 +9,7 @@ __all__ = ['ORACLE_BYTES', 'SCALES', 'NEIGHBOURS', 'calibration_error', 'quality
            'denoising_errors', 'class_effect', 'denoising_parabola', 'helpful_scale']
 
 # %% ../nbs/19a_mismatch.ipynb #ea0969ba
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -345,6 +346,7 @@ def helpful_scale(
     parabola:Tensor, # of `denoising_parabola` [3, B]
     most:float=10., # the largest α
 )->float: # α, 0 … most
-    "Choose the α that helps the denoiser most, on average over images; 0 if any harms."
+    "Choose the α that helps the denoiser most, on average over images; 0 if any harms, 1 if none does anything. Raises `ValueError` for values that are not finite."
     _, slope, curvature = parabola.sum(1).tolist()
+    if not math.isfinite(slope + curvature): raise ValueError(f"the sums of the parabolas are {slope} and {curvature}: a score or a gradient is not finite")
     return min(max(0., -slope / (2 * curvature)), most) if curvature > 0 else 1.

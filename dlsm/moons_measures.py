@@ -103,6 +103,7 @@ def _at_best_scale(
 )->tuple[float, float]: # D_L / zero score of the second half of the points, and α, chosen on the first
     "Mend the length of a gradient by one factor."
     scales, half = gradient.new_tensor(SCALES), exact.shape[1] // 2
+    if not half: raise ValueError("one point; expected at least two, α is chosen on half of them")
     ours, target, inner = gradient.square().sum(-1), exact.square().sum(-1), (gradient * exact).sum(-1)
     errors = (scales[:, None, None]**2 * ours - 2 * scales[:, None, None] * inner + target).clamp(min=0).sqrt()  # law of cosines [scales, 2, n]
     best = errors[:, :, :half].mean((1, 2)).argmin()

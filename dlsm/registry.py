@@ -155,7 +155,9 @@ def _trained(
 def _device_named(device:torch.device|str|None)->str:
     "Name a device of this machine; what is none, such as a card's name, is one already."
     try: torch.device(device or "cpu")
-    except RuntimeError: return device
+    except RuntimeError:
+        if device == device.lower(): raise ParameterError(f"device = {device!r} is no device of PyTorch, and no machine's name such as 'NVIDIA H100'") from None
+        return device
     return device_name(pick_device(device))
 
 

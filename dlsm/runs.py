@@ -235,7 +235,7 @@ def text_about(
     except AssertionError as failed:
         if committed: raise
         at = traceback.extract_tb(failed.__traceback__)[-1].line or ""
-        said = "".join(f" ({line})" for line in str(failed).splitlines()[:1])
+        said = "".join(f" ({line})" for line in [line for line in str(failed).splitlines() if line.strip()][:1])
         print(f"Here this run, which may round otherwise, is not as the text says of the committed one{said}: {at.removeprefix('assert ').partition('assert ')[2] or at}")
 
 # %% ../nbs/17_runs.ipynb #999989fe

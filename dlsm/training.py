@@ -139,7 +139,7 @@ def fit(
     tf32:bool=True, # convolutions may use it on a GPU, as PyTorch lets them; False: full float32 (`dlsm.float32`), for losses with gradients in them
     compiled:bool=False, # compile the loss
     log_every:int|None=None, # steps between two lines of the log; None: no log (and none without `draw`)
-    minutes:float|None=None, # stop, with a checkpoint, at the first line of the log after that (without a log, at the first step); None: never
+    minutes:float|None=None, # stop after that, with a checkpoint: it is looked at after the first step and at lines of the log (without a log, at each step); None: never
 )->Iterator[State]: # the state after each finished step
     """Train `model`, yielding after each finished step, and resuming from the newest checkpoint in `folder`.
 

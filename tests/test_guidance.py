@@ -71,8 +71,9 @@ def test_a_scale_may_depend_on_the_level(batch):
     at = torch.tensor([0.01, 0.1, 10**-0.5, 1., 10**0.5, 10., 50.], dtype=x.dtype)
     torch.testing.assert_close(alpha(at), torch.tensor([1., 1., 2., 3., 4., 5., 5.], dtype=x.dtype))  # linear in log σ, constant outside
     assert torch.equal(posterior_score(score, classifier, y, alpha)(x, sigma), posterior_score(score, classifier, y, alpha(sigma))(x, sigma))
+    assert torch.equal(scale_by_level(torch.tensor([0.1, 1., 10.]), torch.tensor([1., 3., 5.]))(at.float()), alpha(at.float()))
     assert scale_by_level([2.], [7.])(sigma).tolist() == [7.] * B and alpha(sigma.float()).dtype == torch.float32
-    for levels, alphas in (([1., 1.], [1., 2.]), ([0., 1.], [1., 2.]), ([], []), ([1., 2.], [1.])):
+    for levels, alphas in (([1., 1.], [1., 2.]), ([0., 1.], [1., 2.]), ([], []), ([1., 2.], [1.]), ([1., float("nan")], [1., 2.])):
         with pytest.raises(ValueError, match="as many of each, the levels above 0 and increasing"): scale_by_level(levels, alphas)
     with pytest.raises(ValueError, match=r"scale has shape \(2,\)"): posterior_score(score, classifier, y, lambda sigma: sigma[:2])(x, sigma)
 

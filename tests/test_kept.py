@@ -210,6 +210,7 @@ def test_weights_that_were_trained_elsewhere_say_where(trained, tmp_path, monkey
     kept = keep_weights(SMOKE, device="NVIDIA H100 80GB HBM3")
     assert len(kept) == 4 and {entry["training"]["device"] for entry in kept.values()} == {"NVIDIA H100 80GB HBM3"}
     with pytest.raises(ValueError, match="device = 'cuda:99' is not on this machine"): keep_weights(SMOKE, device="cuda:99")
+    with pytest.raises(ValueError, match="device = 'gpu' is no device of PyTorch, and no machine's name"): keep_weights(SMOKE, device="gpu")
 
 
 def test_command_line(tmp_path, root):

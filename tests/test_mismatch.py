@@ -28,7 +28,7 @@ from dlsm.mismatch import (
     score_errors,
     squared_errors,
 )
-from dlsm.moons_measures import by_level
+from dlsm.moons_measures import _at_best_scale, by_level
 from dlsm.parzen import parzen_classifier, parzen_score
 from dlsm.presets import MOONS
 
@@ -97,6 +97,7 @@ def test_the_error_of_the_denoiser_is_a_parabola_in_the_factor(sigma=2.):
     assert helpful_scale(parabola) == pytest.approx(least, abs=1e-4)
     harmful, endless, none = (torch.tensor([[1.], [slope], [curve]], dtype=torch.float64) for slope, curve in ((1., 1.), (-100., 1.), (0., 0.)))
     assert helpful_scale(harmful) == 0 and helpful_scale(endless) == 10 and helpful_scale(endless, 3.) == 3 and helpful_scale(none) == 1
+    with pytest.raises(ValueError, match="not finite"): helpful_scale(none * float("nan"))
 
 
 def test_the_effect_of_a_class_has_an_interval_over_images():
@@ -117,6 +118,15 @@ def test_by_level_knows_the_exact_classifier_and_the_one_that_knows_nothing():
     assert found["alpha"]["exact"] == [1, 1] and max(found["at_best"]["exact"]) < 1e-5 and found["cosine"]["exact"] == pytest.approx([1, 1])
     assert found["at_best"]["nothing"] == pytest.approx([1, 1])
     assert found["relative"]["nothing"] == pytest.approx([1, 1]) and found["length"]["nothing"] == [0, 0] and found["zero"][0] > found["zero"][1] > 0
+
+
+def test_the_best_scale_of_a_level_is_judged_on_other_points():
+    "Twice too long on the first half, turned round on the second: chosen there, judged here."
+    exact = torch.randn(2, 10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradient = torch.cat([2 * exact[:, :5], -2 * exact[:, 5:]], 1)
+    error, alpha = _at_best_scale(gradient, exact)
+    assert alpha == 0.5 and error == pytest.approx(2)
+    with pytest.raises(ValueError, match="expected at least two"): _at_best_scale(gradient[:, :1], exact[:, :1])
 
 
 def test_a_classifier_that_learned_nothing_is_told_from_one_that_is_unsure():
