@@ -80,6 +80,14 @@ def test_notebooks_hold_no_error_and_one_parameters_cell(root):
         if re.match("0[4-8]_", path.name): assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1, path.name
 
 
+def test_stored_outputs_name_no_folder_of_a_machine(root):
+    "Warnings come with the file of the kernel, and temporary folders with their names."
+    for path in sorted(root.glob("nbs/*.ipynb")):
+        outputs = [o for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for o in c.get("outputs", [])]
+        text = "".join("".join(o.get("text", "")) + "".join("".join(v) for kind, v in o.get("data", {}).items() if kind.startswith("text/")) for o in outputs)
+        assert not (found := re.search(r"(/tmp|/home|/Users|/root|/var/folders)/\S*", text)), f"{path.name}: {found[0]}"
+
+
 def test_notebooks_leave_the_root_as_it_was(root):
     "Several run in one process: a notebook that moves the root for its checks puts it back."
     for path in root.glob("nbs/1*.ipynb"):
