@@ -161,7 +161,7 @@ FAIR = MethodClaim("with each classifier at its own best α, DLSM has the lower 
 LEAST_COVERED = 0.2  # of what real images have: coverage and recall
 FLOOR = 0.01  # of precision, recall, density and coverage: below that there is nothing to lose
 
-
+# %% ../nbs/15_metrics.ipynb #901e0021
 def far_from_data(
     reach:dict[str, tuple[float, float]], # coverage and recall: of base's images, and what real images have or would have
 )->str: # why; empty: near enough to compare methods
@@ -183,7 +183,7 @@ def not_testable(
     beside = f", and {claim.method} {values[claim.method]:.4f}" if claim.sign > 0 else ": there is nothing to lose"
     return f"{claim.other} has {values[claim.other]:.4f}, next to the floor, 0{beside}"
 
-
+# %% ../nbs/15_metrics.ipynb #901e0023
 def check_claim(
     claim:MethodClaim, # of `CLAIMS`, or `FAIR`
     difference:dict[str, float]|None, # method − other: value, low, high
