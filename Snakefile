@@ -3,7 +3,7 @@
     make reproduce                                  # the same as
     snakemake --cores all --config preset=demo      # presets: smoke, demo, paper; for CIFAR without a GPU also cpu
     snakemake --cores all moons_04_moons            # one notebook, after those that it needs
-    snakemake --cores all --config trainings=5      # images trained five times, too (07a)
+    snakemake --cores all --config trainings=5      # images trained five times, too (07a, 07b)
     snakemake --profile profiles/slurm              # as jobs of a cluster
 
 The executed notebooks land in runs/<preset>/notebooks/. A notebook runs again when it, a module that it imports, or a notebook
@@ -28,11 +28,12 @@ STORY = {
     "06_sampling":      (IMAGES, ["05_cifar"], ["{dataset}/fig3", "{dataset}/fig3_alpha", "{dataset}/fig3_nfe"]),
     "07_evaluation":    (IMAGES, ["06_sampling"], ["{dataset}/table2", "{dataset}/frontier", "{dataset}/cas", "{dataset}/fig4"]),
     "07a_trainings":    (IMAGES, ["07_evaluation"], ["{dataset}/trainings_frontier", "{dataset}/trainings"]),
+    "07b_ceiling":      (DIGITS, ["05_cifar", "07a_trainings"], ["{dataset}/ceiling", "{dataset}/ceiling_trainings"]),
     "08_ablations":     (MOONS, ["04_moons"], ["moons/fig5", "moons/fig5_sweep"]),
     "08a_networks":     (MOONS, ["04_moons"], ["moons/fig5_parts"]),
     "08b_levels":       (MOONS, ["04_moons"], ["moons/levels_causes"]),
     "08c_balance":      (DIGITS, ["05_cifar"], ["{dataset}/balance"]),  # for CIFAR by hand: five more trainings of stage 2
-    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "07a_trainings", "08_ablations",
+    "09_report":        (ALL, ["03_dlsm", "04_moons", "05_cifar", "06_sampling", "07_evaluation", "07a_trainings", "07b_ceiling", "08_ablations",
                                "08a_networks", "08b_levels", "08c_balance"], ["report"]),
     "index":            (ALL, ["09_report"], []),
 }
@@ -49,7 +50,9 @@ PRESET = config.get("preset", "demo")
 one_of("preset", [PRESET], ("smoke", "demo", "cpu", "paper"))
 if not re.fullmatch("[1-9][0-9]*", str(config.get("trainings", 1))): raise WorkflowError(f"trainings={config['trainings']}: expected a whole number from 1 on")
 TRAININGS = int(config.get("trainings", 1))
-if TRAININGS < 2: del STORY["07a_trainings"]  # as long again as 05 and 06 for each further training: only if asked for
+if TRAININGS < 2:  # as long again as 05 and 06 for each further training: only if asked for
+    del STORY["07a_trainings"]
+    STORY["07b_ceiling"][2].remove("{dataset}/ceiling_trainings")
 DATASETS = str(config.get("dataset", "moons,digits")).split(",")
 one_of("dataset", DATASETS, (*MOONS, *IMAGES))
 if PRESET == "paper": DATASETS = [dataset for dataset in DATASETS if dataset != "digits"]  # which the paper does not use
@@ -121,7 +124,7 @@ rule all:
 for story, data in TARGETS:
     figures = "runs/smoke/figures" if PRESET == "smoke" and takes(story, "preset") else "figures"
     minutes, memory, gpus = RESERVED.get(data, RESERVED.get(story, {})).get(PRESET, USUAL)
-    if story == "07a_trainings": minutes *= TRAININGS
+    if story in ("07a_trainings", "07b_ceiling"): minutes *= TRAININGS
 
     rule:
         name: f"{data}_{story}"

@@ -89,7 +89,7 @@ def save_record(
     return save_result("verify", record, preset=None, dataset=None, seeds=[], device="cpu", started=started, title=title, table=page(record, table, title))
 
 # %% ../nbs/17g_verify.ipynb #71218701
-UNASKED = ("trainings", "trainings_frontier")  # results of notebooks that run only if asked for: as long again as all the rest
+UNASKED = ("trainings", "trainings_frontier", "ceiling_trainings")  # results of notebooks that run only if asked for: as long again as all the rest
 
 
 def fresh_clone(

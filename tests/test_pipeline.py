@@ -30,7 +30,7 @@ def test_one_command_runs_everything_on_any_data_set(copy):
     rules = planned(copy, "demo", "moons,digits,cifar10")
     images = {f"{data}_{name}" for data in ("digits", "cifar10") for name in ("05_cifar", "06_sampling", "07_evaluation")}
     moons = {f"moons_{name}" for name in ("00_parzen", "01_dsm", "02_decomposition", "03_dlsm", "04_moons", "08_ablations", "08a_networks", "08b_levels")}
-    assert rules.keys() == images | moons | {"digits_08c_balance", "all_09_report", "all_index"}
+    assert rules.keys() == images | moons | {"digits_07b_ceiling", "digits_08c_balance", "all_09_report", "all_index"}
     written = [path for paths in rules.values() for path in paths]
     assert len(written) == len({*written})
     assert {"figures/digits/table2.json (update)", "figures/cifar10/table2.json (update)", "figures/report.json (update)"} <= {*written}
@@ -40,7 +40,10 @@ def test_other_trainings_are_made_if_asked_for(copy):
     "They take as long again as all the rest."
     code, said = snakemake(copy, "demo", "digits", "trainings=5", "--cores", "2", "--dry-run", "--forceall", "--printshellcmds")
     assert code == 0 and "rule digits_07a_trainings" in said and re.search(r"07a_trainings\.ipynb .*-p trainings 5", said), said
-    assert all("digits_07a_trainings" not in planned(copy, preset, "digits") for preset in ("demo", "smoke"))
+    assert re.search(r"07b_ceiling\.ipynb .*-p trainings 5", said) and said.count("ceiling_trainings.json") == 1, said
+    for preset in ("demo", "smoke"):
+        rules = planned(copy, preset, "digits")
+        assert "digits_07a_trainings" not in rules and len(rules["digits_07b_ceiling"]) == 2, rules["digits_07b_ceiling"]  # the notebook and one result
 
 
 @pytest.mark.parametrize("preset, folder", [("cpu", "figures/cifar10"), ("paper", "figures/cifar10/paper")])
@@ -70,7 +73,7 @@ def test_data_sets_share_a_small_machine(copy):
         job = re.search(r"^rule digits_05_cifar:(.*?)(?=^rule |^Job stats)", said, re.MULTILINE | re.DOTALL)[1]
         shown = dict(re.findall(r"(threads|priority): (\d+)", job))  # one thread is not shown
         return int(shown.get("threads", 1)), int(shown["priority"])
-    assert threads("moons,digits", "2") == (1, 3) and threads("digits", "2") == (2, 3) and threads("moons,digits", "16") == (8, 3)
+    assert threads("moons,digits", "2") == (1, 4) and threads("digits", "2") == (2, 4) and threads("moons,digits", "16") == (8, 4)
 
 
 @pytest.fixture
