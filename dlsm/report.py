@@ -116,7 +116,8 @@ def others(
 WRITES = {"03_dlsm": ("fig2",), "04_moons": ("levels", "fig1", "table1", "fig1_joint"), 
           "05_cifar": ("fig6", "fig6_alpha", "fig6_alpha_by_level", "fig6_denoising", "fig6_gradients", "fig6_quality"),
           "06_sampling": ("fig3", "fig3_alpha", "fig3_nfe"), "07_evaluation": ("table2", "frontier", "cas", "fig4"), "07a_trainings": ("trainings", "trainings_frontier"),
-          "07b_ceiling": ("ceiling", "ceiling_trainings"),           "08_ablations": ("fig5", "fig5_sweep"), "08a_networks": ("fig5_parts",), "08b_levels": ("levels_causes",), "08c_balance": ("balance",)}
+          "07b_ceiling": ("ceiling", "ceiling_trainings"),
+          "08_ablations": ("fig5", "fig5_sweep"), "08a_networks": ("fig5_parts",), "08b_levels": ("levels_causes",), "08c_balance": ("balance",)}
 
 
 def notebook_of(
