@@ -48,7 +48,7 @@ def interval(
     spread = float(half_width(replicates, level))
     return value - spread, value + spread
 
-
+# %% ../nbs/15f_intervals.ipynb #b4f0000b
 def mean_interval(
     value:float, # a mean over S ≥ 2 trainings, or what is computed from such means
     trainings:Iterable[float], # the same for each training [S]
@@ -68,10 +68,10 @@ def ratio_of_means(
     "Give a mean as a fraction of another one, with a paired 95% interval over images (linearised)."
     ratio = (difference.mean() / base.mean()).item()
     error = ((difference - ratio * base).std() / base.mean()).item() / len(base)**0.5
-    half_width = stdtrit(len(base) - 1, 0.975) * error
-    return ratio, ratio - half_width, ratio + half_width
+    spread = stdtrit(len(base) - 1, 0.975) * error
+    return ratio, ratio - spread, ratio + spread
 
-
+# %% ../nbs/15f_intervals.ipynb #b4f0000d
 def outcome(
     low:float, # ends of the interval of a difference
     high:float,
